@@ -1,0 +1,1 @@
+//! The agent: dials the server, forwards exchanges to the local service.

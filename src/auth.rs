@@ -1,0 +1,1 @@
+//! Who may use which agent id: credentials and the rule for loopback.

@@ -1,0 +1,1 @@
+//! What a proxy does to header lines: pure functions.

@@ -1,0 +1,1 @@
+//! The tunnel as tasks see it.

@@ -1,0 +1,2 @@
+//! The `silo-proxy` binary.
+fn main() {}

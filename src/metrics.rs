@@ -1,0 +1,1 @@
+//! Counters, kept per worker and summed when read.

@@ -1,0 +1,1 @@
+//! Which agent has which port: a pure state machine.

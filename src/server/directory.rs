@@ -1,0 +1,1 @@
+//! The directory of agents, as the admin port shows it.

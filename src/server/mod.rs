@@ -1,0 +1,4 @@
+//! The server.
+
+pub mod admin;
+pub mod directory;
