@@ -1,0 +1,244 @@
+use bytes::Bytes;
+
+use super::RESERVED_WINDOW;
+use super::chunks::Chunks;
+use super::error::Reason;
+use super::frame::Frame;
+use super::window::{ReceiveWindow, SendWindow};
+use crate::head::{Lines, RequestHead, ResponseHead};
+use crate::id::ExchangeId;
+
+/// What there is to read of an exchange's body.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Read {
+    /// The next bytes, never empty.
+    Data(Bytes),
+    /// The body is complete; the trailer section, where there was one.
+    End(Option<Lines>),
+    /// The peer, or the loss of the tunnel, ended the body early.
+    Reset(Reason),
+    /// Nothing yet.
+    Pending,
+}
+
+/// How one side of an exchange ends.
+#[derive(Debug, Clone)]
+pub(super) enum Ending {
+    Complete(Option<Lines>),
+    Reset(Reason),
+}
+
+/// A head on its way to the peer.
+#[derive(Debug)]
+pub(super) enum HeadOut {
+    /// With the credit that goes with it.
+    Open(RequestHead, u32),
+    Answer(ResponseHead),
+}
+
+/// One request and its answer, as one end sees it.
+///
+/// ```text
+///            ours                                   the peer's
+///   head_out ── sent ──┐                   ┌── head_in ── taken
+///   outbox   ── sent ──┤                   ├── inbox   ── read
+///   ending_out ─ sent ─┴─> sent_end        ├── ending_in  (the peer has ended)
+///                             │            │
+///                             └──── and ───┴── and released by the application ──> freed
+/// ```
+#[derive(Debug)]
+pub(super) struct Exchange {
+    pub(super) id: ExchangeId,
+
+    /// Not yet sent. Until an opener's head is sent, the peer doesn't know of the exchange.
+    pub(super) head_out: Option<HeadOut>,
+    /// The newest interim answer not yet sent. One place: a newer one replaces it.
+    pub(super) interim_out: Option<ResponseHead>,
+    pub(super) outbox: Chunks,
+    pub(super) send_window: SendWindow,
+    /// Decided by the application (or by a reset from the peer), not necessarily sent.
+    pub(super) ending_out: Option<Ending>,
+    /// The ending overtakes what is in the outbox.
+    pub(super) aborted: bool,
+    /// Our end is on its way: nothing more may be sent.
+    pub(super) sent_end: bool,
+
+    /// The newest interim answer not yet taken. One place: a peer can't pile them up.
+    pub(super) interim_in: Option<ResponseHead>,
+    pub(super) head_in: Option<ResponseHead>,
+    /// The peer's head has come (an acceptor's exchange begins with it).
+    pub(super) head_seen: bool,
+    pub(super) inbox: Chunks,
+    pub(super) receive_window: ReceiveWindow,
+    pub(super) ending_in: Option<Ending>,
+    /// There was no room for the answer: the application is told why, the rest is dropped.
+    pub(super) refused: Option<Reason>,
+
+    /// Promised out of the budget for this exchange, to be given back with it.
+    pub(super) promised: usize,
+    /// Of the outbox, bytes beyond the reserved window, promised while they wait.
+    pub(super) outbox_loan: usize,
+
+    /// In the queue of exchanges with something to send.
+    pub(super) scheduled: bool,
+    /// In the queue of exchanges with credit or a reset to send.
+    pub(super) control_scheduled: bool,
+    /// In the queue of exchanges with an event.
+    pub(super) event_scheduled: bool,
+    pub(super) readable: bool,
+    pub(super) writable: bool,
+    /// The application was told there is no capacity and waits for the event.
+    pub(super) wants_capacity: bool,
+    /// Credit is to be sent.
+    pub(super) credit_due: bool,
+    /// The application has let go; whatever still comes is dropped.
+    pub(super) released: bool,
+}
+
+impl Exchange {
+    pub(super) fn new(id: ExchangeId, receive_window: u32, promised: usize) -> Self {
+        Self {
+            id,
+            head_out: None,
+            interim_out: None,
+            outbox: Chunks::default(),
+            send_window: SendWindow::new(RESERVED_WINDOW),
+            ending_out: None,
+            aborted: false,
+            sent_end: false,
+            interim_in: None,
+            head_in: None,
+            head_seen: false,
+            inbox: Chunks::default(),
+            receive_window: ReceiveWindow::new(receive_window),
+            ending_in: None,
+            refused: None,
+            promised,
+            outbox_loan: 0,
+            scheduled: false,
+            control_scheduled: false,
+            event_scheduled: false,
+            readable: false,
+            writable: false,
+            wants_capacity: false,
+            credit_due: false,
+            released: false,
+        }
+    }
+
+    /// Both sides have ended: on the wire the exchange is over.
+    pub(super) fn is_over(&self) -> bool {
+        self.sent_end && self.ending_in.is_some()
+    }
+
+    /// Whether what comes from the peer has no reader.
+    pub(super) fn discards(&self) -> bool {
+        self.released || self.refused.is_some()
+    }
+
+    /// An error says why nothing can be sent any more.
+    pub(super) fn check_sendable(&self) -> Result<(), Reason> {
+        if self.ending_out.is_none() && !self.sent_end {
+            return Ok(());
+        }
+        Err(match self.ending_in {
+            Some(Ending::Reset(reason)) => reason,
+            _ => self.refused.unwrap_or(Reason::Cancelled),
+        })
+    }
+
+    /// Whether a turn would send something.
+    pub(super) fn is_ready(&self) -> bool {
+        if self.sent_end || self.aborted {
+            return false;
+        }
+        self.head_out.is_some()
+            || self.interim_out.is_some()
+            || (!self.outbox.is_empty() && self.send_window.available() > 0)
+            || (self.outbox.is_empty() && self.ending_out.is_some())
+    }
+
+    /// Whether control has something to send for it.
+    pub(super) fn has_control(&self) -> bool {
+        (self.aborted && !self.sent_end) || (self.credit_due && self.ending_in.is_none())
+    }
+
+    /// Takes one turn: at most `quantum` bytes of body. Says what the frames cost.
+    pub(super) fn take_turn(&mut self, quantum: usize, frames: &mut Vec<Frame>) -> usize {
+        let mut cost = 0;
+        let mut emit = |frame: Frame| {
+            cost += frame.cost();
+            frames.push(frame);
+        };
+        let id = self.id;
+        if let Some(head) = self.interim_out.take() {
+            emit(Frame::Interim { id, head });
+        }
+        let mut left = quantum;
+        if let Some(head) = self.head_out.take() {
+            let body = self.take_body(&mut left);
+            let end = self.take_plain_end();
+            emit(match head {
+                HeadOut::Open(head, credit) => Frame::Open {
+                    id,
+                    head,
+                    body,
+                    end,
+                    credit,
+                },
+                HeadOut::Answer(head) => Frame::Answer {
+                    id,
+                    head,
+                    body,
+                    end,
+                },
+            });
+        }
+        loop {
+            let body = self.take_body(&mut left);
+            if body.is_empty() {
+                break;
+            }
+            let end = self.take_plain_end();
+            emit(Frame::Data { id, body, end });
+        }
+        if !self.sent_end
+            && self.outbox.is_empty()
+            && let Some(ending) = self.ending_out.take()
+        {
+            self.sent_end = true;
+            emit(match ending {
+                Ending::Complete(None) => Frame::Data {
+                    id,
+                    body: Bytes::new(),
+                    end: true,
+                },
+                Ending::Complete(Some(lines)) => Frame::Trailers { id, lines },
+                Ending::Reset(reason) => Frame::Reset { id, reason },
+            });
+        }
+        cost
+    }
+
+    /// The next bytes of the outbox that credit and `left` allow; empty for none.
+    fn take_body(&mut self, left: &mut usize) -> Bytes {
+        let limit = self.send_window.available().min(*left);
+        if limit == 0 || self.outbox.is_empty() {
+            return Bytes::new();
+        }
+        let body = self.outbox.pop(limit);
+        self.send_window.spend(body.len());
+        *left -= body.len();
+        body
+    }
+
+    /// Whether the frame being made is the last one, because the body ends here.
+    fn take_plain_end(&mut self) -> bool {
+        let ends =
+            self.outbox.is_empty() && matches!(self.ending_out, Some(Ending::Complete(None)));
+        if ends {
+            self.sent_end = true;
+        }
+        ends
+    }
+}
