@@ -192,6 +192,11 @@ impl Session {
         self.accepted.pop_front()
     }
 
+    /// Whether [`Session::accept`] would return an exchange.
+    pub fn has_accepted(&self) -> bool {
+        !self.accepted.is_empty()
+    }
+
     /// Takes the next head of the answer.
     pub fn read_head(&mut self, key: Key) -> HeadRead {
         let Some(exchange) = self.store.get(key) else {

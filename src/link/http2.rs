@@ -1,0 +1,77 @@
+//! The HTTP/2 connections under the tunnels: hyper futures that their owner drives and drops.
+
+use std::future::Future;
+use std::task::{Context, Poll};
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::http2::SendRequest;
+use hyper::rt::{Read, Write};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+
+/// The largest HTTP/2 frame accepted: a batch goes in one.
+const MAX_FRAME: u32 = 128 * 1024;
+
+/// How much is handed to HTTP/2 ahead of time. What lies there can't be overtaken by a
+/// heartbeat, so it is little: two batches, one on its way and one ready.
+const SEND_BUFFER: usize = 128 * 1024;
+
+/// The most streams on one connection: a tunnel is one.
+const MAX_STREAMS: u32 = 4;
+
+/// The largest header list accepted on a tunnel connection; gRPC's are a few hundred bytes.
+const MAX_HEADER_LIST: u32 = 16 * 1024;
+
+/// A builder for the server's end of tunnel connections.
+pub fn server() -> hyper::server::conn::http2::Builder<TokioExecutor> {
+    let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .adaptive_window(true)
+        .max_frame_size(MAX_FRAME)
+        .max_send_buf_size(SEND_BUFFER)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(MAX_HEADER_LIST);
+    builder
+}
+
+/// Opens the client's end of a tunnel connection: a service for tonic's client, and the
+/// connection, which does nothing unless it is polled and ends when it is dropped.
+pub async fn client<T>(
+    io: T,
+) -> hyper::Result<(
+    Http2Service,
+    impl Future<Output = hyper::Result<()>> + Send + use<T>,
+)>
+where
+    T: Read + Write + Unpin + Send + 'static,
+{
+    let (sender, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .adaptive_window(true)
+        .max_frame_size(MAX_FRAME)
+        .max_send_buf_size(SEND_BUFFER)
+        .max_header_list_size(MAX_HEADER_LIST)
+        .handshake(io)
+        .await?;
+    Ok((Http2Service(sender), connection))
+}
+
+/// Sends tonic's requests over one HTTP/2 connection.
+#[derive(Debug, Clone)]
+pub struct Http2Service(SendRequest<tonic::body::Body>);
+
+impl tower_service::Service<Request<tonic::body::Body>> for Http2Service {
+    type Response = Response<Incoming>;
+    type Error = hyper::Error;
+    type Future = std::pin::Pin<Box<dyn Future<Output = hyper::Result<Response<Incoming>>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<hyper::Result<()>> {
+        self.0.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<tonic::body::Body>) -> Self::Future {
+        // Once a session: the allocation doesn't matter.
+        Box::pin(self.0.send_request(request))
+    }
+}
