@@ -768,3 +768,770 @@ impl<const MAX: usize> std::fmt::Write for Text<MAX> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::header::{CONTENT_LENGTH, HOST, TE};
+    use proptest::prelude::*;
+
+    fn map(lines: &[(&str, &str)]) -> HeaderMap {
+        let mut map = HeaderMap::new();
+        for (name, value) in lines {
+            let name = HeaderName::from_bytes(name.as_bytes()).unwrap();
+            map.append(name, HeaderValue::from_bytes(value.as_bytes()).unwrap());
+        }
+        map
+    }
+
+    fn lines(lines: &[(&str, &str)]) -> Lines {
+        let mut builder = LinesBuilder::default();
+        for (name, value) in lines {
+            builder.push(name.as_bytes(), value.as_bytes()).unwrap();
+        }
+        builder.finish()
+    }
+
+    fn texts(lines: &Lines) -> Vec<(String, String)> {
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        lines.iter().map(|(n, v)| (text(n), text(v))).collect()
+    }
+
+    fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
+        let own = |(name, value): &(&str, &str)| (name.to_string(), value.to_string());
+        expected.iter().map(own).collect()
+    }
+
+    fn check(lines: &[(&str, &str)]) -> Result<(), Refusal> {
+        check_request(&Method::POST, b"/", Version::HTTP_11, &map(lines))
+    }
+
+    fn check_host(host: &str) -> Result<(), Refusal> {
+        check(&[("host", host)])
+    }
+
+    fn id() -> RequestId {
+        RequestIds::new([7; 16]).next_id()
+    }
+
+    /// The request's lines in the tunnel, without the ones every request gets.
+    fn forwarded_plain(lines: &[(&str, &str)]) -> Vec<(String, String)> {
+        let forwarding = Forwarding::new("192.0.2.1".parse().unwrap(), false);
+        let lines = forward_request(&map(lines), &forwarding, id).unwrap();
+        let mut texts = texts(&lines);
+        texts.retain(|(name, _)| !name.starts_with("x-forwarded") && name != "x-request-id");
+        texts
+    }
+
+    fn forwarded_by(peer: &str, trusted: bool, lines: &[(&str, &str)]) -> Vec<(String, String)> {
+        let forwarding = Forwarding::new(peer.parse().unwrap(), trusted);
+        texts(&forward_request(&map(lines), &forwarding, id).unwrap())
+    }
+
+    #[test]
+    fn host_lines_are_counted() {
+        assert_eq!(check(&[]), Err(Refusal::MissingHost));
+        assert_eq!(
+            check(&[("host", "a"), ("host", "a")]),
+            Err(Refusal::RepeatedHost)
+        );
+        let in_1_0 = |lines| check_request(&Method::GET, b"/", Version::HTTP_10, &map(lines));
+        assert_eq!(in_1_0(&[]), Ok(()));
+        assert_eq!(in_1_0(&[("host", "a")]), Ok(()));
+        assert_eq!(
+            in_1_0(&[("host", "a"), ("host", "b")]),
+            Err(Refusal::RepeatedHost)
+        );
+        assert_eq!(
+            check_request(&Method::GET, b"/", Version::HTTP_2, &map(&[("host", "a")])),
+            Err(Refusal::Version)
+        );
+    }
+
+    #[test]
+    fn a_host_is_a_name_or_address_and_a_port() {
+        for good in [
+            "",
+            "a",
+            "example.com",
+            "Example.COM:8100",
+            "a_b-c.d~e",
+            "a:",
+            "a:0",
+            "a:65535",
+            "127.0.0.1:80",
+            "[::1]",
+            "[2001:db8::1]:8080",
+            "[::ffff:1.2.3.4]",
+            "xn--bcher-kva.example",
+            "b%C3%BCcher.example",
+            "a!$&'()*+;=b",
+        ] {
+            assert_eq!(check_host(good), Ok(()), "{good:?}");
+        }
+        for bad in [
+            ":80",
+            "a:b",
+            "a:65536",
+            "a:+1",
+            "a:1:2",
+            "a b",
+            "a,b",
+            "a, b",
+            "user@a",
+            "user:pw@a",
+            "a/b",
+            "a?b",
+            "a#b",
+            "a\\b",
+            "a\tb",
+            "http://a",
+            "::1",
+            "[::1",
+            "[::1]a",
+            "[::1]:a",
+            "[fe80::1%25eth0]",
+            "[]",
+            "[a]",
+            "[1.2.3.4]",
+            "[v1.a]",
+            "a]",
+            "%",
+            "a%4",
+            "a%4g",
+            "b\u{fc}cher",
+            "<a>",
+            "a\"",
+        ] {
+            assert_eq!(check_host(bad), Err(Refusal::InvalidHost), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_length_is_one_line_of_digits() {
+        let with = |values: &[&str]| {
+            let mut lines = vec![("host", "a")];
+            lines.extend(values.iter().map(|value| ("content-length", *value)));
+            check(&lines)
+        };
+        for good in ["0", "5", "007", "18446744073709551615"] {
+            assert_eq!(with(&[good]), Ok(()), "{good:?}");
+        }
+        let bad = [
+            "",
+            "5, 5",
+            "5,5",
+            "+5",
+            "-5",
+            "5 5",
+            "0x5",
+            "5.0",
+            "18446744073709551616",
+            "\u{b2}",
+        ];
+        for bad in bad {
+            assert_eq!(with(&[bad]), Err(Refusal::ContentLength), "{bad:?}");
+        }
+        assert_eq!(with(&["5", "5"]), Err(Refusal::ContentLength));
+        assert_eq!(with(&["5", "6"]), Err(Refusal::ContentLength));
+    }
+
+    #[test]
+    fn an_encoding_is_one_line_of_chunked() {
+        let with = |version, values: &[&str]| {
+            let mut lines = vec![("host", "a")];
+            lines.extend(values.iter().map(|value| ("transfer-encoding", *value)));
+            check_request(&Method::POST, b"/", version, &map(&lines))
+        };
+        for good in ["chunked", "Chunked", "CHUNKED", " chunked\t"] {
+            assert_eq!(with(Version::HTTP_11, &[good]), Ok(()), "{good:?}");
+            assert_eq!(
+                with(Version::HTTP_10, &[good]),
+                Err(Refusal::TransferEncoding)
+            );
+        }
+        for bad in [
+            "",
+            "identity",
+            "gzip",
+            "gzip, chunked",
+            "chunked, chunked",
+            "chunked,",
+            ",chunked",
+            "chunked;a=b",
+            "xchunked",
+            "\"chunked\"",
+        ] {
+            let result = with(Version::HTTP_11, &[bad]);
+            assert_eq!(result, Err(Refusal::TransferEncoding), "{bad:?}");
+        }
+        assert_eq!(
+            with(Version::HTTP_11, &["chunked", "chunked"]),
+            Err(Refusal::TransferEncoding)
+        );
+        for order in [
+            [("transfer-encoding", "chunked"), ("content-length", "5")],
+            [("content-length", "5"), ("transfer-encoding", "chunked")],
+        ] {
+            let mut lines = vec![("host", "a")];
+            lines.extend(order);
+            assert_eq!(check(&lines), Err(Refusal::LengthAndEncoding));
+        }
+    }
+
+    #[test]
+    fn a_target_has_one_of_the_forms() {
+        let check = |method: Method, target: &[u8]| {
+            check_request(&method, target, Version::HTTP_11, &map(&[("host", "a:1")]))
+        };
+        for good in [
+            "/",
+            "/%ff",
+            "/a%2Fb?x=%3F",
+            "//x/../y",
+            "/?",
+            "/a?b?c",
+            "/\"<>\\^`{|}",
+            "/http://b/",
+            "http://a:1",
+            "http://a:1/",
+            "HTTP://A:1/x",
+            "https://a:1?q",
+        ] {
+            assert_eq!(check(Method::GET, good.as_bytes()), Ok(()), "{good:?}");
+        }
+        for bad in [
+            &b""[..],
+            b"*",
+            b"a",
+            b"a:1",
+            b"?q",
+            b"/a b",
+            b"/a\tb",
+            b"/a\0",
+            b"/\x7f",
+            b"/\xff",
+            "/ü".as_bytes(),
+            b"/a#b",
+            b"http://a:1/#",
+            b"http:/a",
+            b"http://",
+            b"http:///x",
+            b"http://u@a:1/",
+            b"http://a:1\\x",
+            b"ftp://a:1/",
+            b"ws://a:1/",
+            b"file:///etc/passwd",
+        ] {
+            let shown = String::from_utf8_lossy(bad);
+            assert_eq!(check(Method::GET, bad), Err(Refusal::Target), "{shown:?}");
+        }
+        assert_eq!(check(Method::OPTIONS, b"*"), Ok(()));
+        assert_eq!(check(Method::OPTIONS, b"**"), Err(Refusal::Target));
+        for target in [&b"a:1"[..], b"/", b"http://a:1/"] {
+            assert_eq!(check(Method::CONNECT, target), Err(Refusal::Connect));
+        }
+    }
+
+    #[test]
+    fn an_absolute_target_and_host_agree() {
+        let check = |version, lines: &[(&str, &str)]| {
+            check_request(
+                &Method::GET,
+                b"http://Example.com:81/",
+                version,
+                &map(lines),
+            )
+        };
+        let (old, new) = (Version::HTTP_10, Version::HTTP_11);
+        assert_eq!(check(new, &[("host", "example.COM:81")]), Ok(()));
+        for other in ["example.com", "example.com:82", "", "x example.com:81"] {
+            assert_eq!(
+                check(new, &[("host", other)]),
+                Err(Refusal::HostMismatch),
+                "{other:?}"
+            );
+        }
+        assert_eq!(check(new, &[]), Err(Refusal::MissingHost));
+        assert_eq!(check(old, &[]), Ok(()));
+        assert_eq!(check(old, &[("host", "b")]), Err(Refusal::HostMismatch));
+    }
+
+    #[test]
+    fn refusals_have_names_of_their_own() {
+        let all = [
+            Refusal::Version,
+            Refusal::Connect,
+            Refusal::Target,
+            Refusal::MissingHost,
+            Refusal::RepeatedHost,
+            Refusal::InvalidHost,
+            Refusal::HostMismatch,
+            Refusal::ContentLength,
+            Refusal::TransferEncoding,
+            Refusal::LengthAndEncoding,
+        ];
+        let names: std::collections::HashSet<_> = all.map(Refusal::as_str).into();
+        assert_eq!(names.len(), all.len());
+    }
+
+    #[test]
+    fn end_to_end_lines_arrive_as_sent() {
+        let sent = [
+            ("host", "example.com"),
+            ("content-length", "5"),
+            ("expect", "100-continue"),
+            ("trailer", "x-sum"),
+            ("cookie", "a=1"),
+            ("cookie", "b=2"),
+            ("x-empty", ""),
+            ("proxy-authorization", "Basic eA=="),
+            ("x-forwarded-port", "1"),
+            ("accept-encoding", "br"),
+        ];
+        let headers = map(&sent);
+        let lines = forward_request(&headers, &Forwarding::new([1, 2, 3, 4].into(), false), id);
+        let mut expected = sent.to_vec();
+        let id = id();
+        expected.extend([
+            ("x-forwarded-for", "1.2.3.4"),
+            ("x-forwarded-host", "example.com"),
+            ("x-forwarded-proto", "http"),
+            ("x-request-id", id.as_str()),
+        ]);
+        assert_eq!(texts(&lines.unwrap()), pairs(&expected));
+    }
+
+    #[test]
+    fn latin_1_values_stay_intact() {
+        let mut headers = map(&[("host", "a")]);
+        let value = HeaderValue::from_bytes(b"caf\xe9 \xff\x80").unwrap();
+        headers.append("x-name", value.clone());
+        let forwarding = Forwarding::new([1, 2, 3, 4].into(), false);
+        let lines = forward_request(&headers, &forwarding, id).unwrap();
+        let arrived = to_header_map(&lines, Direction::Request).unwrap();
+        assert_eq!(arrived.get("x-name"), Some(&value));
+        let lines = forward_response(&headers).unwrap();
+        let arrived = to_header_map(&lines, Direction::Response).unwrap();
+        assert_eq!(arrived.get("x-name"), Some(&value));
+    }
+
+    #[test]
+    fn hop_by_hop_lines_end_here() {
+        let hops = [
+            ("connection", "Keep-Alive, X-Hop ,, x-absent"),
+            ("connection", "x-second"),
+            ("keep-alive", "timeout=5"),
+            ("proxy-connection", "keep-alive"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "h2c"),
+            ("te", "gzip"),
+            ("x-hop", "1"),
+            ("x-hop", "2"),
+            ("x-second", "3"),
+            ("x-end", "4"),
+        ];
+        assert_eq!(forwarded_plain(&hops), pairs(&[("x-end", "4")]));
+        let response = forward_response(&map(&hops)).unwrap();
+        assert_eq!(texts(&response), pairs(&[("x-end", "4")]));
+    }
+
+    #[test]
+    fn te_keeps_its_trailers_only() {
+        for (te, kept) in [
+            ("trailers", true),
+            ("Trailers", true),
+            ("gzip;q=0.5, trailers", true),
+            ("gzip", false),
+            ("xtrailers", false),
+            ("", false),
+        ] {
+            let forwarded = forwarded_plain(&[("te", te), ("connection", "te")]);
+            let expected: &[_] = if kept { &[("te", "trailers")] } else { &[] };
+            assert_eq!(forwarded, pairs(expected), "{te:?}");
+        }
+    }
+
+    #[test]
+    fn connection_cannot_name_away_what_has_a_meaning() {
+        let sent = [
+            ("host", "a"),
+            ("content-length", "1"),
+            ("expect", "100-continue"),
+            ("trailer", "x"),
+            ("x-request-id", "r"),
+            ("x-forwarded-for", "9.9.9.9"),
+            ("x-real-ip", "9.9.9.9"),
+        ];
+        let names: Vec<_> = sent.iter().map(|(name, _)| *name).collect();
+        let connection = names.join(",");
+        let mut all = sent.to_vec();
+        all.push(("connection", &connection));
+        let forwarded = forwarded_by("1.2.3.4", true, &all);
+        for (name, value) in sent {
+            let line = forwarded.iter().find(|(n, _)| n == name);
+            assert!(line.is_some_and(|(_, v)| v.starts_with(value)), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_visitor_cannot_say_where_he_came_from() {
+        let own = [
+            ("host", "a"),
+            ("forwarded", "for=9.9.9.9"),
+            ("x-real-ip", "9.9.9.9"),
+            ("x_real_ip", "9.9.9.9"),
+            ("x-forwarded-for", "9.9.9.9"),
+            ("x_forwarded_for", "9.9.9.9"),
+            ("x-forwarded_for", "9.9.9.9"),
+            ("x-forwarded-host", "evil"),
+            ("x-forwarded-proto", "https"),
+            ("x-request-id", "mine"),
+        ];
+        assert_eq!(
+            forwarded_by("::ffff:1.2.3.4", false, &own),
+            pairs(&[
+                ("host", "a"),
+                ("x-request-id", "mine"),
+                ("x-forwarded-for", "1.2.3.4"),
+                ("x-forwarded-host", "a"),
+                ("x-forwarded-proto", "http"),
+            ])
+        );
+    }
+
+    #[test]
+    fn a_trusted_proxy_says_where_a_request_came_from() {
+        let sent = [
+            ("host", "a"),
+            ("forwarded", "for=9.9.9.9"),
+            ("x-real-ip", "9.9.9.9"),
+            ("x-forwarded-for", "9.9.9.9"),
+            ("x-forwarded-for", "8.8.8.8, 7.7.7.7"),
+            ("x-forwarded-host", "outside"),
+            ("x-forwarded-proto", "https"),
+            ("x-request-id", "theirs"),
+        ];
+        assert_eq!(
+            forwarded_by("2001:db8::1", true, &sent),
+            pairs(&[
+                ("host", "a"),
+                ("forwarded", "for=9.9.9.9"),
+                ("x-real-ip", "9.9.9.9"),
+                ("x-forwarded-host", "outside"),
+                ("x-forwarded-proto", "https"),
+                ("x-request-id", "theirs"),
+                ("x-forwarded-for", "9.9.9.9, 8.8.8.8, 7.7.7.7, 2001:db8::1"),
+            ])
+        );
+        let bare = forwarded_by("10.0.0.1", true, &[("host", "a"), ("x-request-id", "r")]);
+        assert_eq!(
+            bare,
+            pairs(&[
+                ("host", "a"),
+                ("x-request-id", "r"),
+                ("x-forwarded-for", "10.0.0.1"),
+                ("x-forwarded-host", "a"),
+                ("x-forwarded-proto", "http"),
+            ])
+        );
+    }
+
+    #[test]
+    fn without_a_host_none_is_forwarded() {
+        for sent in [&[][..], &[("host", "")]] {
+            let forwarded = forwarded_by("10.0.0.1", false, sent);
+            assert!(forwarded.iter().all(|(name, _)| name != "x-forwarded-host"));
+        }
+    }
+
+    #[test]
+    fn the_longest_address_fits() {
+        let longest = "1111:2222:3333:4444:5555:6666:7777:8888";
+        let forwarded = forwarded_by(longest, false, &[]);
+        assert_eq!(forwarded[0].1, longest);
+    }
+
+    #[test]
+    fn a_response_has_one_length_or_none() {
+        let response = |lines| forward_response(&map(lines)).map(|lines| texts(&lines));
+        let one = [("content-length", "5")];
+        assert_eq!(response(&one), Ok(pairs(&one)));
+        let beside_encoding = [
+            ("content-length", "5"),
+            ("content-length", "6"),
+            ("transfer-encoding", "chunked"),
+        ];
+        assert_eq!(response(&beside_encoding), Ok(pairs(&[])));
+        for bad in [
+            &[("content-length", "5"), ("content-length", "5")][..],
+            &[("content-length", "5, 5")],
+            &[("content-length", "-1")],
+        ] {
+            assert_eq!(response(bad), Err(InvalidLines::ContentLength));
+        }
+    }
+
+    #[test]
+    fn a_response_keeps_its_lines() {
+        let sent = [
+            ("set-cookie", "a=1"),
+            ("set-cookie", "b=2"),
+            ("location", "http://127.0.0.1:3000/x"),
+            ("x-empty", ""),
+            ("trailer", "x-sum"),
+        ];
+        let lines = forward_response(&map(&sent)).unwrap();
+        assert_eq!(texts(&lines), pairs(&sent));
+        let arrived = to_header_map(&lines, Direction::Response).unwrap();
+        assert_eq!(arrived, map(&sent));
+    }
+
+    #[test]
+    fn a_line_too_long_for_the_tunnel_is_refused() {
+        let long = "x".repeat(65_536);
+        let headers = map(&[("host", "a"), ("x-long", &long)]);
+        let forwarding = Forwarding::new([1, 2, 3, 4].into(), false);
+        let refused = forward_request(&headers, &forwarding, id);
+        assert_eq!(refused, Err(LineTooLong));
+        let refused = forward_response(&headers);
+        assert_eq!(refused, Err(InvalidLines::TooLong(LineTooLong)));
+        assert_eq!(forward_trailers(&headers), Err(LineTooLong));
+    }
+
+    #[test]
+    fn a_peer_cannot_smuggle_framing() {
+        let hostile = lines(&[
+            ("Transfer-Encoding", "chunked"),
+            ("connection", "close"),
+            ("KEEP-ALIVE", "1"),
+            ("proxy-connection", "close"),
+            ("upgrade", "websocket"),
+            ("te", "gzip"),
+            ("content-length", "5"),
+        ]);
+        for direction in [Direction::Request, Direction::Response] {
+            let arrived = to_header_map(&hostile, direction).unwrap();
+            assert_eq!(arrived, map(&[("content-length", "5")]));
+        }
+        let repeated_length = [("content-length", "5"), ("Content-Length", "5")];
+        let cases = [
+            (&repeated_length[..], InvalidLines::ContentLength),
+            (&[("content-length", "5, 5")], InvalidLines::ContentLength),
+            (&[("content-length", "")], InvalidLines::ContentLength),
+            (&[("host", "a"), ("HOST", "a")], InvalidLines::Host),
+            (&[("", "a")], InvalidLines::Name),
+            (&[("a b", "a")], InvalidLines::Name),
+            (&[("a:", "a")], InvalidLines::Name),
+            (&[("a\r\nb", "a")], InvalidLines::Name),
+            (&[("\u{e9}", "a")], InvalidLines::Name),
+            (&[("a", "b\r\nc: d")], InvalidLines::Value),
+            (&[("a", "b\nc")], InvalidLines::Value),
+            (&[("a", "b\rc")], InvalidLines::Value),
+            (&[("a", "b\0c")], InvalidLines::Value),
+        ];
+        for (sent, error) in cases {
+            for direction in [Direction::Request, Direction::Response] {
+                assert_eq!(
+                    to_header_map(&lines(sent), direction),
+                    Err(error),
+                    "{sent:?}"
+                );
+            }
+            if !matches!(error, InvalidLines::ContentLength | InvalidLines::Host) {
+                assert_eq!(to_trailer_map(&lines(sent)), Err(error), "{sent:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn te_reaches_the_service_with_its_connection_option() {
+        let sent = lines(&[("te", "trailers"), ("connection", "close")]);
+        let request = to_header_map(&sent, Direction::Request).unwrap();
+        assert_eq!(request, map(&[("te", "trailers"), ("connection", "te")]));
+        let response = to_header_map(&sent, Direction::Response).unwrap();
+        assert!(!response.contains_key(TE) && !response.contains_key(CONNECTION));
+    }
+
+    #[test]
+    fn more_lines_than_a_map_holds_are_refused() {
+        let mut builder = LinesBuilder::default();
+        for number in 0..30_000 {
+            builder.push(format!("x{number}").as_bytes(), b"").unwrap();
+        }
+        let many = builder.finish();
+        let refused = to_header_map(&many, Direction::Request);
+        assert_eq!(refused, Err(InvalidLines::TooMany));
+        assert_eq!(to_trailer_map(&many), Err(InvalidLines::TooMany));
+    }
+
+    #[test]
+    fn values_share_the_memory_of_their_lines() {
+        let sent = lines(&[("x-a", "value")]);
+        let (_, inside) = sent.iter().next().unwrap();
+        let arrived = to_header_map(&sent, Direction::Response).unwrap();
+        assert_eq!(arrived["x-a"].as_bytes().as_ptr(), inside.as_ptr());
+    }
+
+    #[test]
+    fn trailers_cannot_change_what_was_said() {
+        let allowed = [
+            ("x-sum", "1"),
+            ("grpc-status", "0"),
+            ("etag", "\"a\""),
+            ("server-timing", "a;dur=1"),
+            ("content-digest", "sha-256=:x:"),
+            ("authentication-info", "a=b"),
+        ];
+        let refused = [
+            "host",
+            "content-length",
+            "transfer-encoding",
+            "connection",
+            "keep-alive",
+            "upgrade",
+            "te",
+            "trailer",
+            "expect",
+            "range",
+            "if-match",
+            "if-none-match",
+            "cache-control",
+            "authorization",
+            "proxy-authorization",
+            "www-authenticate",
+            "cookie",
+            "set-cookie",
+            "content-type",
+            "content-encoding",
+            "content-range",
+            "location",
+            "retry-after",
+            "vary",
+            "x-forwarded-for",
+            "forwarded",
+            "x-request-id",
+        ];
+        let mut sent = allowed.to_vec();
+        sent.extend(refused.map(|name| (name, "x")));
+        assert_eq!(
+            texts(&forward_trailers(&map(&sent)).unwrap()),
+            pairs(&allowed)
+        );
+        assert_eq!(to_trailer_map(&lines(&sent)).unwrap(), map(&allowed));
+    }
+
+    #[test]
+    fn request_ids_are_hex_and_differ() {
+        let mut ids = RequestIds::new([1; 16]);
+        let mut other = RequestIds::new([2; 16]);
+        let mut seen = std::collections::HashSet::new();
+        for _ in 0..10_000 {
+            for id in [ids.next_id(), other.next_id()] {
+                let text = id.to_string();
+                assert_eq!(text.len(), RequestId::LEN);
+                assert!(text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')));
+                assert!(seen.insert(text));
+            }
+        }
+        let again = RequestIds::new([1; 16]).next_id();
+        assert_eq!(again, RequestIds::new([1; 16]).next_id());
+    }
+
+    /// The lines of a request that passes the check, with anything else among them.
+    fn good_head() -> impl Strategy<Value = Vec<(String, String)>> {
+        let own = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+        let host = prop::sample::select(vec![("host", "a:80"), ("host", "[::1]"), ("host", "")]);
+        let framing = prop::sample::select(vec![
+            ("content-length", "5"),
+            ("transfer-encoding", "chunked"),
+            ("x-none", ""),
+        ]);
+        let name = prop_oneof![
+            prop::sample::select(vec![
+                "connection",
+                "te",
+                "upgrade",
+                "x-forwarded-for",
+                "x_forwarded-for",
+                "x-hop",
+                "x-request-id",
+            ])
+            .prop_map(str::to_owned),
+            "x-[a-z0-9_-]{0,16}",
+        ];
+        let value = prop_oneof![
+            prop::sample::select(vec!["x-hop, close", "host, content-length", "trailers"])
+                .prop_map(str::to_owned),
+            "[ -~]{0,20}",
+        ];
+        let others = prop::collection::vec((name, value), 0..12);
+        (host, framing, others)
+            .prop_map(move |(host, framing, mut lines)| {
+                lines.extend([own(host), own(framing)]);
+                lines
+            })
+            .prop_shuffle()
+    }
+
+    proptest! {
+        /// Whatever passes the check arrives at the service with one meaning.
+        #[test]
+        fn what_is_forwarded_is_unambiguous(sent in good_head(), trusted: bool, peer: IpAddr) {
+            let sent: Vec<_> = sent.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+            let headers = map(&sent);
+            prop_assert_eq!(check(&sent), Ok(()));
+            let lines = forward_request(&headers, &Forwarding::new(peer, trusted), id).unwrap();
+            let arrived = to_header_map(&lines, Direction::Request).unwrap();
+
+            prop_assert_eq!(arrived.get_all(HOST).iter().count(), 1);
+            prop_assert_eq!(arrived.get(HOST), headers.get(HOST));
+            prop_assert_eq!(arrived.get(CONTENT_LENGTH), headers.get(CONTENT_LENGTH));
+            prop_assert!(!arrived.contains_key("transfer-encoding"));
+            prop_assert_eq!(arrived.contains_key(CONNECTION), arrived.contains_key(TE));
+            let forwarded_for: Vec<_> = arrived.get_all("x-forwarded-for").iter().collect();
+            prop_assert_eq!(forwarded_for.len(), 1);
+            let peer = peer.to_canonical().to_string();
+            prop_assert!(forwarded_for[0].as_bytes().ends_with(peer.as_bytes()));
+            prop_assert!(trusted || forwarded_for[0] == peer.as_str());
+            prop_assert!(arrived.contains_key("x-request-id"));
+        }
+
+        /// A good authority is one for the URI parser too, with nothing before the host.
+        #[test]
+        fn a_good_host_is_an_authority(host in "[a-c0-9:.%@,\\[\\] -]{1,12}") {
+            if is_authority(host.as_bytes()) {
+                prop_assert!(!host.contains(['@', ',', ' ']));
+                let authority: Result<http::uri::Authority, _> = host.parse();
+                prop_assert!(authority.is_ok(), "{}", host);
+            }
+        }
+
+        #[test]
+        fn any_target_is_judged(target: Vec<u8>, host in "[ -~]{0,20}") {
+            let headers = map(&[("host", &host)]);
+            if check_request(&Method::GET, &target, Version::HTTP_11, &headers).is_ok() {
+                prop_assert!(target.iter().all(|byte| (0x21..=0x7e).contains(byte)));
+            }
+        }
+
+        #[test]
+        fn any_lines_become_a_safe_map_or_none(
+            sent in prop::collection::vec((any::<Vec<u8>>(), any::<Vec<u8>>()), 0..6),
+            request: bool,
+        ) {
+            let mut builder = LinesBuilder::default();
+            for (name, value) in &sent {
+                builder.push(name, value).unwrap();
+            }
+            let direction = if request { Direction::Request } else { Direction::Response };
+            let lines = builder.finish();
+            for map in [to_header_map(&lines, direction), to_trailer_map(&lines)].into_iter().flatten() {
+                let clean = |value: &HeaderValue| {
+                    !value.as_bytes().iter().any(|byte| matches!(byte, b'\r' | b'\n' | 0))
+                };
+                prop_assert!(map.values().all(clean));
+            }
+        }
+    }
+}
