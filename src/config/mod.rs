@@ -1,1 +1,29 @@
 //! Settings from YAML and the environment.
+//!
+//! A setting has one path, such as `http.port`, in the file and one name, `SILO_HTTP_PORT`, in
+//! the environment. A command line flag goes before the environment, the environment before the
+//! file, the file before the default. [`Sources`] says where to look, and
+//! [`ServerConfig::load`] and [`AgentConfig::load`] turn what is found there into complete plain
+//! values, or into a [`ConfigError`] that lists every fault at once. Loading binds nothing,
+//! connects nowhere, and opens no file but the configuration and those it names for secrets and
+//! certificates.
+//!
+//! [`table`] declares every setting once: its path, what may stand there, its default and why.
+//! The parser, the names in the environment and the tables in the README all come from it.
+
+mod agent;
+mod server;
+mod value;
+
+pub use agent::{AgentConfig, AgentProcess, DialConfig, LocalConfig, LocalTls};
+pub use server::{HttpConfig, ProcessConfig, ServerConfig, TunnelConfig};
+pub use value::{Cidr, HostHeader, HostPort, PemFile, Scheme, ServiceUrl};
+
+use crate::telemetry::Filter;
+
+/// Section `log`, the same on both sides.
+#[derive(Debug, Clone, Default)]
+pub struct LogConfig {
+    /// `log.level`: what is logged.
+    pub level: Filter,
+}
