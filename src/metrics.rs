@@ -15,6 +15,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
 /// All figures of one server process.
 #[derive(Debug)]
 pub struct Metrics {
@@ -105,7 +111,21 @@ impl Metrics {
         let sum: i64 = self.workers.iter().map(|worker| gauge(worker).get()).sum();
         sum.max(0).unsigned_abs()
     }
+
+    /// All figures as OpenMetrics text, to be sent as [`CONTENT_TYPE`].
+    pub fn render(self: &Arc<Self>) -> String {
+        let mut registry = Registry::with_prefix("silo");
+        registry.register_collector(Box::new(Scrape(Arc::clone(self))));
+        let mut text = String::with_capacity(16 * 1024);
+        // Neither a `String` nor a figure above can fail to be written.
+        let written = encode(&mut text, &registry);
+        debug_assert!(written.is_ok());
+        text
+    }
 }
+
+/// The media type of [`Metrics::render`]'s text.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// A number that only grows.
 #[derive(Default)]
@@ -452,5 +472,305 @@ impl AgentStats {
             0 => None,
             us => Some(Duration::from_micros(us)),
         }
+    }
+}
+
+/// Sums the figures at the moment they are asked for.
+#[derive(Debug)]
+struct Scrape(Arc<Metrics>);
+
+impl Collector for Scrape {
+    fn encode(&self, encoder: DescriptorEncoder) -> fmt::Result {
+        let metrics = &*self.0;
+        let mut out = Exposition { encoder };
+        out.build_info()?;
+        let started = metrics.started.duration_since(UNIX_EPOCH);
+        out.seconds(
+            "start_time_seconds",
+            "When the process started, in seconds since the UNIX epoch",
+            started.unwrap_or_default().as_secs_f64(),
+        )?;
+
+        out.counter(
+            "connections_accepted",
+            "Visitor connections taken by a worker",
+            metrics.sum(|worker| &worker.connections_accepted),
+        )?;
+        out.gauge(
+            "connections_open",
+            "Visitor connections open now",
+            metrics.level(|worker| &worker.connections_open),
+        )?;
+        out.tally(
+            "connections_refused",
+            "Visitor connections closed unserved",
+            "reason",
+            |kind| metrics.sum_kind(kind, |worker| &worker.connections_refused),
+        )?;
+        out.counter(
+            "requests",
+            "Requests whose head was read and accepted",
+            metrics.sum(|worker| &worker.requests),
+        )?;
+        out.gauge(
+            "exchanges_open",
+            "Requests in progress now",
+            metrics.level(|worker| &worker.exchanges_open),
+        )?;
+        out.tally(
+            "answers",
+            "Answer heads written to visitors, by class of status code",
+            "class",
+            |kind| metrics.sum_kind(kind, |worker| &worker.answers),
+        )?;
+        out.tally("failures", "Requests that failed", "kind", |kind| {
+            metrics.sum_kind(kind, |worker| &worker.failures)
+        })?;
+        out.counter(
+            "body_bytes_in",
+            "Bytes of request bodies read from visitors",
+            metrics.sum(|worker| &worker.body_bytes_in),
+        )?;
+        out.counter(
+            "body_bytes_out",
+            "Bytes of answer bodies written to visitors",
+            metrics.sum(|worker| &worker.body_bytes_out),
+        )?;
+
+        out.gauge(
+            "tunnels_open",
+            "Tunnels to agents open now",
+            metrics.level(|worker| &worker.tunnels_open),
+        )?;
+        out.counter(
+            "tunnel_messages_sent",
+            "gRPC messages sent to agents",
+            metrics.sum(|worker| &worker.messages_sent),
+        )?;
+        out.counter(
+            "tunnel_messages_received",
+            "gRPC messages received from agents",
+            metrics.sum(|worker| &worker.messages_received),
+        )?;
+        out.counter(
+            "tunnel_frames_sent",
+            "Frames sent to agents",
+            metrics.sum(|worker| &worker.frames_sent),
+        )?;
+        out.counter(
+            "tunnel_frames_received",
+            "Frames received from agents",
+            metrics.sum(|worker| &worker.frames_received),
+        )?;
+        out.tally(
+            "handshakes_failed",
+            "Agent connections that ended before a hello was understood",
+            "reason",
+            |kind| metrics.sum_kind(kind, |worker| &worker.handshakes_failed),
+        )?;
+
+        out.counter(
+            "registrations",
+            "Agent sessions welcomed",
+            metrics.registrations.get(),
+        )?;
+        out.tally("rejections", "Agents turned away", "reason", |kind| {
+            metrics.rejections.get(kind)
+        })?;
+        out.counter(
+            "port_bind_failures",
+            "Attempts to bind a port of the range that failed",
+            metrics.bind_failures.get(),
+        )?;
+        out.ports(&metrics.ports)?;
+        out.counter(
+            "panics",
+            "Panics caught at the edge of a task",
+            metrics.panics.get(),
+        )
+    }
+}
+
+impl Metrics {
+    fn sum_kind<K: Kind, const N: usize>(
+        &self,
+        kind: K,
+        tally: impl Fn(&WorkerMetrics) -> &Tally<K, N>,
+    ) -> u64 {
+        self.sum(|worker| &tally(worker).counters[kind.index()])
+    }
+}
+
+/// Writes metric families; the encoder adds the prefix, and `_total` to counters.
+struct Exposition<'a> {
+    encoder: DescriptorEncoder<'a>,
+}
+
+impl Exposition<'_> {
+    fn build_info(&mut self) -> fmt::Result {
+        let labels = [("version", env!("CARGO_PKG_VERSION"))];
+        self.encoder
+            .encode_descriptor("build", "The running program", None, MetricType::Info)?
+            .encode_info(&labels)
+    }
+
+    fn seconds(&mut self, name: &str, help: &str, value: f64) -> fmt::Result {
+        self.encoder
+            .encode_descriptor(name, help, None, MetricType::Gauge)?
+            .encode_gauge(&value)
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        self.encoder
+            .encode_descriptor(name, help, None, MetricType::Counter)?
+            .encode_counter::<NoLabelSet, _, u64>(&value, None)
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        self.encoder
+            .encode_descriptor(name, help, None, MetricType::Gauge)?
+            .encode_gauge(&value)
+    }
+
+    /// One counter for each kind, at zero too, so that a rate has a start.
+    fn tally<K: Kind>(
+        &mut self,
+        name: &str,
+        help: &str,
+        label: &'static str,
+        value: impl Fn(K) -> u64,
+    ) -> fmt::Result {
+        let mut family = self
+            .encoder
+            .encode_descriptor(name, help, None, MetricType::Counter)?;
+        for &kind in K::ALL {
+            family
+                .encode_family(&[(label, kind.as_str())])?
+                .encode_counter::<NoLabelSet, _, u64>(&value(kind), None)?;
+        }
+        Ok(())
+    }
+
+    fn ports(&mut self, ports: &PortGauges) -> fmt::Result {
+        let help = "Ports of the range by state";
+        let mut family = self
+            .encoder
+            .encode_descriptor("ports", help, None, MetricType::Gauge)?;
+        for &state in PortState::ALL {
+            family
+                .encode_family(&[("state", state.as_str())])?
+                .encode_gauge(&ports.get(state))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metrics() -> Arc<Metrics> {
+        Metrics::new(2, UNIX_EPOCH + Duration::from_millis(1_500))
+    }
+
+    #[test]
+    fn workers_are_summed_when_read() {
+        let metrics = metrics();
+        metrics.worker(0).requests.add(2);
+        metrics.worker(1).requests.inc();
+        metrics.worker(0).failures.inc(Failure::TunnelLost);
+        metrics.worker(1).failures.inc(Failure::TunnelLost);
+        metrics.worker(1).answers.inc(StatusClass::of(502));
+        let text = metrics.render();
+        for line in [
+            "silo_requests_total 3",
+            r#"silo_failures_total{kind="tunnel_lost"} 2"#,
+            r#"silo_failures_total{kind="agent_offline"} 0"#,
+            r#"silo_answers_total{class="5xx"} 1"#,
+            "silo_start_time_seconds 1.5",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_gauge_may_rise_on_one_worker_and_fall_on_another() {
+        let metrics = metrics();
+        metrics.worker(0).connections_open.inc();
+        metrics.worker(0).connections_open.inc();
+        metrics.worker(1).connections_open.dec();
+        assert_eq!(metrics.level(|worker| &worker.connections_open), 1);
+        metrics.worker(1).connections_open.dec();
+        metrics.worker(1).connections_open.dec();
+        assert_eq!(metrics.level(|worker| &worker.connections_open), 0);
+    }
+
+    #[test]
+    fn the_text_is_a_well_formed_exposition() {
+        let metrics = metrics();
+        metrics.ports.set(PortState::Serving, 7);
+        metrics.rejections.inc(Rejection::PortExhausted);
+        let text = metrics.render();
+        assert!(text.ends_with("# EOF\n"));
+        let mut family = "";
+        let mut families = std::collections::HashSet::new();
+        for line in text.lines().filter(|line| *line != "# EOF") {
+            if let Some(rest) = line.strip_prefix("# HELP ") {
+                let (name, help) = rest.split_once(' ').unwrap();
+                assert!(families.insert(name), "{name} twice");
+                assert!(
+                    name.starts_with("silo_") && !name.ends_with("_total"),
+                    "{name}"
+                );
+                assert!(!help.is_empty());
+                family = name;
+            } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+                assert!(rest.starts_with(family));
+            } else {
+                assert!(line.starts_with(family), "{line} outside of {family}");
+                assert!(line.rsplit(' ').next().unwrap().parse::<f64>().is_ok());
+            }
+        }
+        assert!(text.contains("silo_ports{state=\"serving\"} 7\n"));
+        assert!(text.contains("silo_rejections_total{reason=\"port_exhausted\"} 1\n"));
+        assert!(text.contains(concat!(
+            "silo_build_info{version=\"",
+            env!("CARGO_PKG_VERSION"),
+            "\"} 1\n"
+        )));
+    }
+
+    #[test]
+    fn kinds_stand_at_their_index() {
+        fn check<K: Kind + PartialEq + fmt::Debug>() {
+            for (index, kind) in K::ALL.iter().enumerate() {
+                assert_eq!(kind.index(), index, "{kind:?}");
+            }
+        }
+        check::<Failure>();
+        check::<Refusal>();
+        check::<Rejection>();
+        check::<HandshakeFailure>();
+        check::<StatusClass>();
+        check::<PortState>();
+    }
+
+    #[test]
+    fn workers_and_agents_share_no_cache_line() {
+        assert_eq!(align_of::<WorkerMetrics>(), 128);
+        assert_eq!(
+            (align_of::<AgentStats>(), size_of::<AgentStats>()),
+            (64, 64)
+        );
+    }
+
+    #[test]
+    fn an_agent_is_seen_and_measured() {
+        let stats = AgentStats::new(UNIX_EPOCH + Duration::from_millis(1_234));
+        assert_eq!((stats.last_seen_ms(), stats.rtt()), (1_234, None));
+        stats.measured_rtt(Duration::ZERO);
+        assert_eq!(stats.rtt(), Some(Duration::from_micros(1)));
+        stats.seen(UNIX_EPOCH - Duration::from_secs(1));
+        assert_eq!(stats.last_seen_ms(), 0);
     }
 }

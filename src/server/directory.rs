@@ -123,3 +123,55 @@ impl Directory {
         Arc::clone(&self.newest.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::UNIX_EPOCH;
+
+    fn row(id: &str, port: u16) -> Arc<Row> {
+        Arc::new(Row {
+            agent_id: id.parse().unwrap(),
+            port,
+            generation: Generation(1),
+            state: RowState::Serving,
+            peer: None,
+            connected_at: UNIX_EPOCH,
+            version: String::new(),
+            labels: BTreeMap::new(),
+            public_url: String::new(),
+            stats: AgentStats::new(UNIX_EPOCH),
+        })
+    }
+
+    #[test]
+    fn rows_are_sorted_and_found_by_id() {
+        let snapshot = Snapshot::new(
+            3,
+            vec![row("b", 2), row("a.b", 3), row("a", 1), row("a-b", 4)],
+        );
+        let order: Vec<_> = snapshot
+            .rows()
+            .iter()
+            .map(|row| row.agent_id.as_str())
+            .collect();
+        assert_eq!(order, ["a", "a-b", "a.b", "b"]);
+        for row in snapshot.rows() {
+            assert_eq!(snapshot.get(row.agent_id.as_str()).unwrap().port, row.port);
+        }
+        assert!(snapshot.get("c").is_none());
+        assert!(snapshot.get("").is_none());
+    }
+
+    #[test]
+    fn a_reader_keeps_what_it_took() {
+        let directory = Directory::new();
+        let before = directory.read();
+        directory.publish(Arc::new(Snapshot::new(1, vec![row("a", 1)])));
+        assert_eq!((before.revision(), before.rows().len()), (0, 0));
+        assert_eq!(
+            (directory.read().revision(), directory.read().rows().len()),
+            (1, 1)
+        );
+    }
+}
