@@ -1,1 +1,114 @@
 //! Sockets.
+//!
+//! Every listening socket of the server is made by [`listen`], so that all have the same options;
+//! [`acceptor`] is the one task that accepts from them.
+
+pub mod acceptor;
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+
+use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::ports::BindFailure;
+
+/// How many connections may wait to be accepted on one port. The kernel caps it at
+/// `net.core.somaxconn` (4096 on Linux by default).
+pub const BACKLOG: i32 = 1024;
+
+/// Listens on an address: nonblocking, closed on exec, `TCP_NODELAY` for whatever is accepted.
+///
+/// On `[::]` the socket serves IPv4 as well, and where the host has no IPv6 it falls back to
+/// `0.0.0.0`. `SO_REUSEADDR` is set, so that a port whose connections linger in `TIME_WAIT` can
+/// be bound; `SO_REUSEPORT` never is, so that a port on which another program listens, be it on
+/// one address only, fails with [`io::ErrorKind::AddrInUse`]. [`bind_failure`] sorts the errors.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let any_v6 = address.is_ipv6() && address.ip().is_unspecified();
+    match listen_on(address, any_v6) {
+        Err(error) if any_v6 && lacks_ipv6(&error) => {
+            listen_on((Ipv4Addr::UNSPECIFIED, address.port()).into(), false)
+        }
+        outcome => outcome,
+    }
+}
+
+fn listen_on(address: SocketAddr, dual_stack: bool) -> io::Result<TcpListener> {
+    // `Socket::new` closes on exec.
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
+    socket.set_nonblocking(true)?;
+    if dual_stack {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_reuse_address(true)?;
+    // Accepted sockets inherit it on Linux, which spares a system call for each of them.
+    socket.set_tcp_nodelay(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn lacks_ipv6(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL)
+    )
+}
+
+/// What a failed [`listen`] means for the port.
+pub fn bind_failure(error: &io::Error) -> BindFailure {
+    match Errno::from_io_error(error) {
+        Some(Errno::ADDRINUSE) => BindFailure::InUse,
+        Some(Errno::ACCESS | Errno::PERM) => BindFailure::Denied,
+        // NOSPC: the limit of sockets that may be watched at once.
+        Some(errno) if out_of_descriptors(errno) || errno == Errno::NOSPC => {
+            BindFailure::Descriptors
+        }
+        _ => BindFailure::Other,
+    }
+}
+
+/// Whether the process or the host is out of descriptors or of memory for sockets.
+fn out_of_descriptors(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM
+    )
+}
+
+/// The limit of open file descriptors of this process; `None` is "no limit".
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DescriptorLimit {
+    /// What the process was started with.
+    pub before: Option<u64>,
+    /// What holds now.
+    pub now: Option<u64>,
+}
+
+/// Raises the soft limit of file descriptors to the hard one.
+///
+/// Each agent costs a listening socket, each visitor a connection, and the soft limit is 1,024
+/// on most hosts. An error leaves the limit as it was.
+pub fn raise_descriptor_limit() -> io::Result<DescriptorLimit> {
+    let limit = getrlimit(Resource::Nofile);
+    let mut now = limit.current;
+    if limit.current != limit.maximum {
+        setrlimit(
+            Resource::Nofile,
+            Rlimit {
+                current: limit.maximum,
+                maximum: limit.maximum,
+            },
+        )?;
+        now = limit.maximum;
+    }
+    Ok(DescriptorLimit {
+        before: limit.current,
+        now,
+    })
+}

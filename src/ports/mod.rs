@@ -1,1 +1,11 @@
 //! Which agent has which port: a pure state machine.
+//!
+//! [`Allocator`] decides, somebody else performs: it emits binds and closes as [`Effect`]s, and
+//! every bind's outcome comes back as an input. It opens no socket and reads no clock.
+
+mod allocator;
+
+pub use allocator::{
+    Allocation, Allocator, Answer, BindFailure, Config, Counts, Effect, PinError, PortState,
+    PortView, Refusal,
+};

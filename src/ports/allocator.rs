@@ -1,0 +1,793 @@
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::id::AgentId;
+
+/// How long an agent waits that found every port taken. A port is freed by somebody leaving,
+/// which nobody can foresee; a port that is due earlier than this (a lease that ends) shortens it.
+const EXHAUSTED_RETRY: Duration = Duration::from_secs(5);
+
+/// No agent is asked to come back sooner than this, so that a crowd without ports stays cheap.
+const SHORTEST_RETRY: Duration = Duration::from_secs(1);
+
+/// How long an agent waits when the process had no descriptor for its port. The accept task
+/// finds out within a second when there are some again.
+const DESCRIPTORS_RETRY: Duration = Duration::from_secs(2);
+
+/// Names one tenancy: one agent's hold on a port, from its request to its release.
+///
+/// It survives a takeover by a newer session of the same agent and a move to another port while
+/// the first one can't be bound. It is never used again, so that whatever arrives late (the
+/// outcome of a bind, a lost agent, a visitor's connection) can't meet the next tenant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Allocation(pub u64);
+
+impl fmt::Display for Allocation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What an [`Allocator`] may hand out, and for how long it keeps it.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The ports to share out, both ends included. Port 0 in it is left out. An empty range
+    /// leaves only the pinned ports.
+    pub range: RangeInclusive<u16>,
+    /// Ports that belong to one agent alone, inside the range or outside.
+    pub pinned: BTreeMap<AgentId, u16>,
+    /// Ports of the range that are never handed out: the server's own (admin, gRPC).
+    pub reserved: BTreeSet<u16>,
+    /// How long a port stays bound for an agent that was lost; zero releases it at once.
+    pub lease: Duration,
+    /// How long a port that couldn't be bound is left alone before it is tried again.
+    pub foreign_retry: Duration,
+}
+
+impl Config {
+    /// The `foreign_retry` of a server: long enough that a port held by another program costs
+    /// nothing, short enough that a freed one is found within a minute.
+    pub const FOREIGN_RETRY: Duration = Duration::from_secs(30);
+}
+
+/// Why a table of pinned ports can't hold.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum PinError {
+    /// Port 0 asks the kernel for any port, so nobody can own it.
+    #[error("port 0 can't be pinned to {agent}")]
+    Zero {
+        /// Whose pin it is.
+        agent: AgentId,
+    },
+    /// The server listens there itself.
+    #[error("port {port} is the server's own and can't be pinned to {agent}")]
+    Reserved {
+        /// The port.
+        port: u16,
+        /// Whose pin it is.
+        agent: AgentId,
+    },
+    /// A pinned port belongs to one id alone.
+    #[error("port {port} is pinned to {first} and to {second}")]
+    Shared {
+        /// The port.
+        port: u16,
+        /// The id that comes first in alphabetical order.
+        first: AgentId,
+        /// The other one.
+        second: AgentId,
+    },
+}
+
+/// What a request for a port led to at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// The agent holds a port that is bound already, serving (a takeover) or leased: same
+    /// tenancy, nothing is rebound. No [`Effect::Granted`] follows.
+    Ready {
+        /// The tenancy, the same as before.
+        allocation: Allocation,
+        /// Its port.
+        port: u16,
+    },
+    /// A port is being bound for this agent, since now or since an earlier request that nobody
+    /// gave up. [`Effect::Granted`], [`Effect::Refused`] or [`Effect::Released`] follows.
+    Opening {
+        /// The tenancy, by which the effect will name it.
+        allocation: Allocation,
+    },
+    /// There is no port for this agent now.
+    Refused(Refusal),
+}
+
+/// Why an agent gets no port now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum Refusal {
+    /// Every port of the range is taken, leased or foreign.
+    #[error("every port of the range is in use")]
+    Exhausted {
+        /// When to ask again.
+        retry_after: Duration,
+    },
+    /// The agent's pinned port couldn't be bound; it gets no other.
+    #[error("port {port}, pinned to this agent, can't be bound")]
+    PinUnavailable {
+        /// The pinned port.
+        port: u16,
+        /// When to ask again.
+        retry_after: Duration,
+    },
+    /// The process has no descriptor or memory for one more listening socket.
+    #[error("no descriptor left for one more listening socket")]
+    Descriptors {
+        /// When to ask again.
+        retry_after: Duration,
+    },
+}
+
+impl Refusal {
+    /// How long the agent should wait before it asks again.
+    pub fn retry_after(self) -> Duration {
+        match self {
+            Self::Exhausted { retry_after }
+            | Self::PinUnavailable { retry_after, .. }
+            | Self::Descriptors { retry_after } => retry_after,
+        }
+    }
+}
+
+/// Why a port couldn't be bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum BindFailure {
+    /// Another program holds the port.
+    InUse,
+    /// We may not bind it (a privileged port, a security policy).
+    Denied,
+    /// No descriptor or memory for a socket: nothing is wrong with the port.
+    Descriptors,
+    /// Anything else, such as an address that this host doesn't have.
+    Other,
+}
+
+/// What the owner of an [`Allocator`] has to do, in the order in which it is polled.
+///
+/// Binds and closes must reach the kernel in that order: a port may be closed for one tenancy
+/// and bound for the next in the same breath.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// Listen on the port and report [`Allocator::bound`] or [`Allocator::bind_failed`] with
+    /// both values.
+    Bind {
+        /// The port to listen on.
+        port: u16,
+        /// For whom.
+        allocation: Allocation,
+    },
+    /// Stop listening. The bind may have failed, or its outcome may be under way: then there is
+    /// nothing to close, or the outcome is ignored when it arrives.
+    Close {
+        /// The port to close.
+        port: u16,
+        /// For whom it was opened.
+        allocation: Allocation,
+    },
+    /// The agent has its port: whoever waits for it can be welcomed.
+    Granted {
+        /// The tenancy.
+        allocation: Allocation,
+        /// Its port, now bound.
+        port: u16,
+    },
+    /// The tenancy ended before it was granted: whoever waits for it is turned away.
+    Refused {
+        /// The tenancy.
+        allocation: Allocation,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// The tenancy is over, granted or given up before: its visitors' connections are to be
+    /// closed, and whoever still waits for it is turned away.
+    Released {
+        /// The tenancy.
+        allocation: Allocation,
+        /// The port it had, or was about to have.
+        port: u16,
+    },
+    /// The port couldn't be bound and is left alone for a while: for the log.
+    Foreign {
+        /// The port.
+        port: u16,
+        /// Why it couldn't be bound.
+        failure: BindFailure,
+    },
+}
+
+/// Where a port is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PortState {
+    /// Nobody's, not bound.
+    Free,
+    /// Being bound for an agent.
+    Opening,
+    /// Bound; its agent is connected.
+    Serving,
+    /// Bound; its agent was lost and may come back until the lease ends.
+    Leased,
+    /// Not ours when last tried: another program holds it, or we may not bind it.
+    Foreign,
+}
+
+impl PortState {
+    /// The state's name in tables, JSON and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Free => "free",
+            Self::Opening => "opening",
+            Self::Serving => "serving",
+            Self::Leased => "leased",
+            Self::Foreign => "foreign",
+        }
+    }
+}
+
+impl fmt::Display for PortState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// One port as it stands now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortView<'a> {
+    /// The port.
+    pub port: u16,
+    /// Where it is in its life.
+    pub state: PortState,
+    /// Its tenant while it is opening, serving or leased.
+    pub tenant: Option<(&'a AgentId, Allocation)>,
+}
+
+/// How many ports are in which state. The sum is the number of ports that can be handed out,
+/// pinned ones included.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Ports that are nobody's.
+    pub free: usize,
+    /// Ports being bound.
+    pub opening: usize,
+    /// Ports with a connected agent.
+    pub serving: usize,
+    /// Ports kept for an agent that was lost.
+    pub leased: usize,
+    /// Ports that couldn't be bound when last tried.
+    pub foreign: usize,
+}
+
+impl Counts {
+    fn of(&mut self, state: PortState) -> &mut usize {
+        match state {
+            PortState::Free => &mut self.free,
+            PortState::Opening => &mut self.opening,
+            PortState::Serving => &mut self.serving,
+            PortState::Leased => &mut self.leased,
+            PortState::Foreign => &mut self.foreign,
+        }
+    }
+}
+
+/// Shares a range of ports out among agents.
+///
+/// Inputs are methods, outputs are polled: after each input, poll effects until there are none,
+/// then ask [`Allocator::poll_timeout`] when to call [`Allocator::handle_timeout`]. Times are
+/// durations since an epoch of the caller's, and never go back. Inputs that come late, twice or
+/// for an unknown tenancy change nothing.
+///
+/// Each tenancy ends in exactly one [`Effect::Refused`] or [`Effect::Released`], at most one
+/// [`Effect::Granted`] before. No operation costs more than O(log ports), except that one timeout
+/// or [`Allocator::release_all`] may end many tenancies. Memory and the queue of effects are
+/// bounded by the number of ports if effects are polled as described.
+#[derive(Debug)]
+pub struct Allocator {
+    lease: Duration,
+    foreign_retry: Duration,
+    /// Every port that can be handed out.
+    slots: BTreeMap<u16, Slot>,
+    pinned: HashMap<AgentId, u16>,
+    /// The ports that anybody may have now, the longest unused first, as `(unused_since, port)`.
+    unused: BTreeSet<(u64, u16)>,
+    /// When a lease ends or a foreign port may be tried again.
+    timers: BTreeSet<(Duration, u16)>,
+    /// The port of each running tenancy.
+    tenancies: HashMap<Allocation, u16>,
+    /// The port that each agent opens or holds.
+    held: HashMap<AgentId, u16>,
+    /// The port each agent had last: the reverse of `Slot::last`, so at most one entry a port.
+    remembered: HashMap<AgentId, u16>,
+    effects: VecDeque<Effect>,
+    counts: Counts,
+    next_allocation: u64,
+    /// Orders ports by when they were last in use; 0 is "never", so this starts at 1.
+    next_use: u64,
+}
+
+#[derive(Debug)]
+struct Slot {
+    state: State,
+    pinned: bool,
+    /// The value of `next_use` when the port was freed or failed last; 0 for a new one, so that
+    /// never-used ports come first, in ascending order.
+    unused_since: u64,
+    /// Who was granted this port last, unless that agent has had another one since.
+    last: Option<AgentId>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Tenancy {
+    agent: AgentId,
+    allocation: Allocation,
+}
+
+/// The life of a port.
+///
+/// ```text
+///         request              bound               agent lost, lease > 0
+///   Free ─────────► Opening ──────────► Serving ─────────────────────────► Leased
+///    ▲               │ │ ▲              │ ▲                                 │ │
+///    │   bind failed ▼ │ │ request,     │ └──── request of the same agent ──┘ │
+///    │         Foreign │ │ once due     │                                     │
+///    │            └────┼─┘              │                                     │
+///    └─────────────────┴────────────────┴─────────────────────────────────────┘
+///      agent lost, or    agent lost,                                lease over
+///      no descriptor     no lease
+/// ```
+///
+/// `release_all` frees what is opening, serving or leased.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    Free,
+    Opening(Tenancy),
+    Serving(Tenancy),
+    Leased {
+        tenancy: Tenancy,
+        until: Duration,
+    },
+    /// `retry_at` is `None` once the time has come: the port may be tried like a free one, and
+    /// still counts as foreign until a bind succeeds.
+    Foreign {
+        retry_at: Option<Duration>,
+    },
+}
+
+impl State {
+    fn public(&self) -> PortState {
+        match self {
+            Self::Free => PortState::Free,
+            Self::Opening(_) => PortState::Opening,
+            Self::Serving(_) => PortState::Serving,
+            Self::Leased { .. } => PortState::Leased,
+            Self::Foreign { .. } => PortState::Foreign,
+        }
+    }
+
+    fn tenancy(&self) -> Option<&Tenancy> {
+        match self {
+            Self::Opening(tenancy) | Self::Serving(tenancy) | Self::Leased { tenancy, .. } => {
+                Some(tenancy)
+            }
+            Self::Free | Self::Foreign { .. } => None,
+        }
+    }
+
+    /// Whether the port can be opened for a new tenancy.
+    fn available(&self) -> bool {
+        match self {
+            Self::Free | Self::Foreign { retry_at: None } => true,
+            Self::Opening(_)
+            | Self::Serving(_)
+            | Self::Leased { .. }
+            | Self::Foreign { retry_at: Some(_) } => false,
+        }
+    }
+
+    /// When the port has to be looked at again.
+    fn timer(&self) -> Option<Duration> {
+        match self {
+            Self::Leased { until, .. } => Some(*until),
+            Self::Foreign { retry_at } => *retry_at,
+            Self::Free | Self::Opening(_) | Self::Serving(_) => None,
+        }
+    }
+}
+
+impl Allocator {
+    /// An allocator with every port free.
+    pub fn new(config: Config) -> Result<Self, PinError> {
+        let mut owners: BTreeMap<u16, AgentId> = BTreeMap::new();
+        for (agent, &port) in &config.pinned {
+            let agent = agent.clone();
+            if port == 0 {
+                return Err(PinError::Zero { agent });
+            }
+            if config.reserved.contains(&port) {
+                return Err(PinError::Reserved { port, agent });
+            }
+            if let Some(first) = owners.insert(port, agent.clone()) {
+                return Err(PinError::Shared {
+                    port,
+                    first,
+                    second: agent,
+                });
+            }
+        }
+
+        let mut slots = BTreeMap::new();
+        let mut unused = BTreeSet::new();
+        for port in config.range.chain(owners.keys().copied()) {
+            if port == 0 || config.reserved.contains(&port) {
+                continue;
+            }
+            let pinned = owners.contains_key(&port);
+            if !pinned {
+                unused.insert((0, port));
+            }
+            slots.insert(
+                port,
+                Slot {
+                    state: State::Free,
+                    pinned,
+                    unused_since: 0,
+                    last: None,
+                },
+            );
+        }
+
+        Ok(Self {
+            lease: config.lease,
+            foreign_retry: config.foreign_retry,
+            counts: Counts {
+                free: slots.len(),
+                ..Counts::default()
+            },
+            slots,
+            pinned: config.pinned.into_iter().collect(),
+            unused,
+            timers: BTreeSet::new(),
+            tenancies: HashMap::new(),
+            held: HashMap::new(),
+            remembered: HashMap::new(),
+            effects: VecDeque::new(),
+            next_allocation: 1,
+            next_use: 1,
+        })
+    }
+
+    /// An agent wants a port; `last_port` is the one it says it had, if any.
+    ///
+    /// It gets the port it holds already; else its pinned port and no other; else the one it had
+    /// last, as this allocator remembers or as it says, provided that the port is available and
+    /// nobody else had it since; else the longest unused one.
+    ///
+    /// Several sessions of one agent share one tenancy: whoever calls this must make sure that
+    /// only the newest of them reports [`Allocator::agent_lost`].
+    pub fn request(&mut self, agent: &AgentId, last_port: Option<u16>, now: Duration) -> Answer {
+        // What is due is due, even if the caller's timer is late.
+        self.handle_timeout(now);
+
+        if let Some(&port) = self.held.get(agent)
+            && let Some(slot) = self.slots.get(&port)
+        {
+            match slot.state.clone() {
+                State::Opening(Tenancy { allocation, .. }) => {
+                    return Answer::Opening { allocation };
+                }
+                State::Serving(Tenancy { allocation, .. }) => {
+                    return Answer::Ready { allocation, port };
+                }
+                State::Leased { tenancy, .. } => {
+                    let allocation = tenancy.allocation;
+                    self.enter(port, State::Serving(tenancy));
+                    return Answer::Ready { allocation, port };
+                }
+                // `held` names no such port; if it did, the agent would start afresh.
+                State::Free | State::Foreign { .. } => {}
+            }
+        }
+
+        match self.choose(agent, last_port, now) {
+            Ok(port) => {
+                let allocation = Allocation(self.next_allocation);
+                self.next_allocation += 1;
+                let agent = agent.clone();
+                self.open(port, Tenancy { agent, allocation });
+                Answer::Opening { allocation }
+            }
+            Err(refusal) => Answer::Refused(refusal),
+        }
+    }
+
+    /// The port is bound, as [`Effect::Bind`] asked.
+    pub fn bound(&mut self, port: u16, allocation: Allocation) {
+        let Some(slot) = self.slots.get(&port) else {
+            return;
+        };
+        match &slot.state {
+            State::Opening(tenancy) if tenancy.allocation == allocation => {
+                let tenancy = tenancy.clone();
+                self.remember(port, &tenancy.agent);
+                self.enter(port, State::Serving(tenancy));
+                self.effects.push_back(Effect::Granted { allocation, port });
+            }
+            State::Free
+            | State::Opening(_)
+            | State::Serving(_)
+            | State::Leased { .. }
+            | State::Foreign { .. } => {}
+        }
+    }
+
+    /// The port couldn't be bound, though [`Effect::Bind`] asked.
+    ///
+    /// Unless descriptors were what was missing, the port is foreign for a while and the next
+    /// one is tried, until the agent has one or none is left.
+    pub fn bind_failed(
+        &mut self,
+        port: u16,
+        allocation: Allocation,
+        failure: BindFailure,
+        now: Duration,
+    ) {
+        let Some(slot) = self.slots.get(&port) else {
+            return;
+        };
+        let tenancy = match &slot.state {
+            State::Opening(tenancy) if tenancy.allocation == allocation => tenancy.clone(),
+            State::Free
+            | State::Opening(_)
+            | State::Serving(_)
+            | State::Leased { .. }
+            | State::Foreign { .. } => return,
+        };
+        match failure {
+            BindFailure::Descriptors => {
+                // The port keeps its place among the unused ones: nothing is known against it.
+                self.enter(port, State::Free);
+                let retry_after = DESCRIPTORS_RETRY;
+                self.refuse(tenancy, Refusal::Descriptors { retry_after });
+            }
+            BindFailure::InUse | BindFailure::Denied | BindFailure::Other => {
+                self.mark_used(port);
+                let retry_at = Some(now.saturating_add(self.foreign_retry));
+                self.enter(port, State::Foreign { retry_at });
+                self.effects.push_back(Effect::Foreign { port, failure });
+                match self.choose(&tenancy.agent, None, now) {
+                    Ok(next) => self.open(next, tenancy),
+                    Err(refusal) => self.refuse(tenancy, refusal),
+                }
+            }
+        }
+    }
+
+    /// The agent that holds this tenancy is gone: no session of it is left.
+    ///
+    /// A bound port is leased, or released at once without a lease; a port that is still being
+    /// bound is given up.
+    pub fn agent_lost(&mut self, allocation: Allocation, now: Duration) {
+        let Some(&port) = self.tenancies.get(&allocation) else {
+            return;
+        };
+        let Some(slot) = self.slots.get(&port) else {
+            return;
+        };
+        match slot.state.clone() {
+            State::Opening(tenancy) => self.release(port, tenancy),
+            State::Serving(tenancy) if self.lease.is_zero() => self.release(port, tenancy),
+            State::Serving(tenancy) => {
+                let until = now.saturating_add(self.lease);
+                self.enter(port, State::Leased { tenancy, until });
+            }
+            State::Leased { .. } | State::Free | State::Foreign { .. } => {}
+        }
+    }
+
+    /// Ends the leases that are over by `now` and lets foreign ports be tried again.
+    pub fn handle_timeout(&mut self, now: Duration) {
+        while let Some(&(due, port)) = self.timers.first()
+            && due <= now
+        {
+            let Some(slot) = self.slots.get(&port) else {
+                return;
+            };
+            match slot.state.clone() {
+                State::Leased { tenancy, .. } => self.release(port, tenancy),
+                State::Foreign { .. } => self.enter(port, State::Foreign { retry_at: None }),
+                // These have no timer: forget what can't be there.
+                State::Free | State::Opening(_) | State::Serving(_) => {
+                    self.timers.remove(&(due, port));
+                }
+            }
+        }
+    }
+
+    /// Ends every tenancy, bound or not, lease or not: the server drains. Requests that come
+    /// afterwards are answered as ever; it is the caller who turns agents away.
+    pub fn release_all(&mut self) {
+        let mut ports: Vec<u16> = self.tenancies.values().copied().collect();
+        ports.sort_unstable();
+        for port in ports {
+            let tenancy = self.slots.get(&port).and_then(|slot| slot.state.tenancy());
+            if let Some(tenancy) = tenancy.cloned() {
+                self.release(port, tenancy);
+            }
+        }
+    }
+
+    /// The next thing to do, oldest first; `None` when there is nothing until the next input.
+    pub fn poll_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// When [`Allocator::handle_timeout`] has something to do, if ever.
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        self.timers.first().map(|&(due, _)| due)
+    }
+
+    /// How many ports are in which state. O(1).
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Every port, in ascending order.
+    pub fn ports(&self) -> impl Iterator<Item = PortView<'_>> {
+        self.slots.iter().map(|(&port, slot)| slot.view(port))
+    }
+
+    /// One port; `None` if it is none of ours to hand out.
+    pub fn port(&self, port: u16) -> Option<PortView<'_>> {
+        self.slots.get(&port).map(|slot| slot.view(port))
+    }
+
+    /// The port that this agent opens, holds or has on lease.
+    pub fn port_of(&self, agent: &AgentId) -> Option<PortView<'_>> {
+        self.held.get(agent).and_then(|&port| self.port(port))
+    }
+
+    /// The port to open for this agent, which holds none.
+    fn choose(
+        &self,
+        agent: &AgentId,
+        last_port: Option<u16>,
+        now: Duration,
+    ) -> Result<u16, Refusal> {
+        if let Some(&port) = self.pinned.get(agent) {
+            return match self.slots.get(&port).map(|slot| &slot.state) {
+                Some(state) if state.available() => Ok(port),
+                other => Err(Refusal::PinUnavailable {
+                    port,
+                    retry_after: other
+                        .and_then(State::timer)
+                        .unwrap_or_default()
+                        .saturating_sub(now)
+                        .max(SHORTEST_RETRY),
+                }),
+            };
+        }
+
+        let own = |port: &u16| {
+            self.slots.get(port).is_some_and(|slot| {
+                slot.state.available()
+                    && !slot.pinned
+                    && slot.last.as_ref().is_none_or(|last| last == agent)
+            })
+        };
+        let remembered = self.remembered.get(agent).copied();
+        [remembered, last_port]
+            .into_iter()
+            .flatten()
+            .find(own)
+            .or_else(|| self.unused.first().map(|&(_, port)| port))
+            .ok_or_else(|| Refusal::Exhausted {
+                retry_after: self
+                    .poll_timeout()
+                    .map_or(EXHAUSTED_RETRY, |due| due.saturating_sub(now))
+                    .clamp(SHORTEST_RETRY, EXHAUSTED_RETRY),
+            })
+    }
+
+    fn open(&mut self, port: u16, tenancy: Tenancy) {
+        let allocation = tenancy.allocation;
+        self.tenancies.insert(allocation, port);
+        self.held.insert(tenancy.agent.clone(), port);
+        self.enter(port, State::Opening(tenancy));
+        self.effects.push_back(Effect::Bind { port, allocation });
+    }
+
+    fn refuse(&mut self, tenancy: Tenancy, refusal: Refusal) {
+        let allocation = tenancy.allocation;
+        self.tenancies.remove(&allocation);
+        self.held.remove(&tenancy.agent);
+        self.effects.push_back(Effect::Refused {
+            allocation,
+            refusal,
+        });
+    }
+
+    fn release(&mut self, port: u16, tenancy: Tenancy) {
+        let allocation = tenancy.allocation;
+        self.tenancies.remove(&allocation);
+        self.held.remove(&tenancy.agent);
+        self.mark_used(port);
+        self.enter(port, State::Free);
+        // Nobody finds the tenancy any more by the time its port is closed.
+        self.effects
+            .push_back(Effect::Released { allocation, port });
+        self.effects.push_back(Effect::Close { port, allocation });
+    }
+
+    /// Sends the port to the end of the queue; takes effect when it is next entered there.
+    fn mark_used(&mut self, port: u16) {
+        if let Some(slot) = self.slots.get_mut(&port)
+            && !slot.state.available()
+        {
+            slot.unused_since = self.next_use;
+            self.next_use += 1;
+        }
+    }
+
+    fn remember(&mut self, port: u16, agent: &AgentId) {
+        let Some(slot) = self.slots.get_mut(&port) else {
+            return;
+        };
+        if slot.pinned || slot.last.as_ref() == Some(agent) {
+            return;
+        }
+        if let Some(former) = slot.last.replace(agent.clone()) {
+            self.remembered.remove(&former);
+        }
+        if let Some(earlier) = self.remembered.insert(agent.clone(), port)
+            && let Some(slot) = self.slots.get_mut(&earlier)
+        {
+            slot.last = None;
+        }
+    }
+
+    /// The one place where a port's state changes: keeps counts, queue and timers in step.
+    fn enter(&mut self, port: u16, state: State) {
+        let Some(slot) = self.slots.get_mut(&port) else {
+            return;
+        };
+        let place = (slot.unused_since, port);
+        if slot.state.available() {
+            self.unused.remove(&place);
+        }
+        if let Some(due) = slot.state.timer() {
+            self.timers.remove(&(due, port));
+        }
+        *self.counts.of(slot.state.public()) -= 1;
+
+        *self.counts.of(state.public()) += 1;
+        if let Some(due) = state.timer() {
+            self.timers.insert((due, port));
+        }
+        if state.available() && !slot.pinned {
+            self.unused.insert(place);
+        }
+        slot.state = state;
+    }
+}
+
+impl Slot {
+    fn view(&self, port: u16) -> PortView<'_> {
+        PortView {
+            port,
+            state: self.state.public(),
+            tenant: self
+                .state
+                .tenancy()
+                .map(|tenancy| (&tenancy.agent, tenancy.allocation)),
+        }
+    }
+}
