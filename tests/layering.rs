@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
+use std::io;
 use std::path::Path;
 
 /// Every room and its level. A room may name rooms below it, and beside it unless that closes a
@@ -116,7 +117,7 @@ const HTTP1_PLACES: &[&str] = &[
 fn dependencies_point_down() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
-    read_sources(root, "src", &mut files);
+    read_sources(root, "src", &mut files).unwrap();
     assert!(files.len() > ROOMS.len() / 2, "found only {}", files.len());
     let faults = check(&files);
     let list: Vec<_> = faults.iter().map(Fault::to_string).collect();
@@ -131,17 +132,18 @@ fn dependencies_point_down() {
 /// A source file: its path from the crate's root, with `/`, and its text.
 type Source = (String, String);
 
-fn read_sources(root: &Path, folder: &str, files: &mut Vec<Source>) {
-    for entry in fs::read_dir(root.join(folder)).unwrap() {
-        let entry = entry.unwrap();
-        let path = format!("{folder}/{}", entry.file_name().to_str().unwrap());
-        if entry.file_type().unwrap().is_dir() {
-            read_sources(root, &path, files);
+fn read_sources(root: &Path, folder: &str, files: &mut Vec<Source>) -> io::Result<()> {
+    for entry in fs::read_dir(root.join(folder))? {
+        let entry = entry?;
+        let path = format!("{folder}/{}", entry.file_name().to_string_lossy());
+        if entry.file_type()?.is_dir() {
+            read_sources(root, &path, files)?;
         } else if path.ends_with(".rs") {
-            files.push((path, fs::read_to_string(entry.path()).unwrap()));
+            files.push((path, fs::read_to_string(entry.path())?));
         }
     }
     files.sort();
+    Ok(())
 }
 
 /// A line that breaks a rule.
