@@ -36,7 +36,7 @@ pub struct Filter(String);
 pub struct InvalidFilter;
 
 impl Filter {
-    /// The directives as they were written.
+    /// The directives as they were written, without blanks between them.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -72,15 +72,17 @@ impl FromStr for Filter {
     type Err = InvalidFilter;
 
     fn from_str(text: &str) -> Result<Self, InvalidFilter> {
-        // The library takes a misspelt level for a target of that name, and logs nothing.
-        for word in text.split(',').map(str::trim) {
+        let words: Vec<&str> = text.split(',').map(str::trim).collect();
+        for word in &words {
+            // The library takes a misspelt level for a target of that name, and logs nothing.
             let bare = !word.contains(['=', '[', ']', '}', '"']);
-            if bare && word.parse::<LevelFilter>().is_err() {
+            if word.is_empty() || bare && word.parse::<LevelFilter>().is_err() {
                 return Err(InvalidFilter);
             }
         }
-        EnvFilter::builder().parse(text).or(Err(InvalidFilter))?;
-        Ok(Self(text.to_owned()))
+        let text = words.join(",");
+        EnvFilter::builder().parse(&text).or(Err(InvalidFilter))?;
+        Ok(Self(text))
     }
 }
 
@@ -118,7 +120,6 @@ mod tests {
             "info",
             "TRACE",
             "info,silo_proxy::mux=trace",
-            "warn, h2=debug",
             "silo_proxy[session{agent=agent-1}]=trace",
         ] {
             assert_eq!(filter(text).as_str(), text);

@@ -1,5 +1,10 @@
 //! Settings from files and the environment: what is read, what is refused, and what is written
 //! about them.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test may fail anywhere"
+)]
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -340,6 +345,19 @@ fn syntax_and_types_are_told_with_their_line() {
     let files = Files::new("").with("silo.yaml", b"http:\n  port: \xff\n");
     assert!(fault(ServerConfig::load(&files.sources())).contains(":2:1: this line is not UTF-8"));
 
+    // What seems to be missing may stand in the file that can't be read.
+    let broken = Files::new("grpc: [");
+    assert!(fault(AgentConfig::load(&broken.sources())).starts_with("silo.yaml:"));
+
+    #[cfg(unix)]
+    {
+        use std::os::unix::ffi::OsStringExt;
+        let value = std::ffi::OsString::from_vec(vec![0xff]);
+        let sources = Sources::none().environment([("SILO_HTTP_PORT", value)]);
+        let text = fault(ServerConfig::load(&sources));
+        assert_eq!(text, "SILO_HTTP_PORT: the value is not UTF-8");
+    }
+
     let missing = Sources::none().file("/nowhere/silo.yaml");
     assert_eq!(
         faults(ServerConfig::load(&missing))[0].kind,
@@ -439,6 +457,9 @@ fn a_default_gives_way_to_a_smaller_limit() {
 #[test]
 fn the_admin_port_opens_to_others_only_with_a_key() {
     assert!(fault(server("http: {host: '::'}")).contains("http.admin_api_key"));
+    // A faulty key is one fault, not a missing key besides.
+    let faulty = "http: {host: '::', admin_api_key_file: [a]}";
+    assert!(fault(server(faulty)).contains("expected the name of a file"));
     for yaml in [
         "http: {host: '::', admin_api_key: k}",
         "http: {host: 127.3.4.5}",

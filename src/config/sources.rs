@@ -106,7 +106,7 @@ enum Source {
 enum Meaning {
     Setting(&'static Setting),
     /// `…_file` of this secret.
-    FileOf,
+    FileOf(&'static Setting),
     Section,
     Nothing,
 }
@@ -121,6 +121,8 @@ pub(super) struct Reader {
     faults: Vec<Fault>,
     /// Settings with a fault of their own: contradictions with them aren't reported.
     faulty: BTreeSet<&'static str>,
+    /// The file couldn't be read: what seems to be missing may stand in it.
+    unread: bool,
     /// Names of files stand relative to the file that names them.
     directory: PathBuf,
 }
@@ -133,6 +135,7 @@ impl Reader {
             found: BTreeMap::new(),
             faults: Vec::new(),
             faulty: BTreeSet::new(),
+            unread: false,
             directory: PathBuf::new(),
         };
         if let Some(path) = &sources.file {
@@ -145,7 +148,10 @@ impl Reader {
         for (path, flag, value) in &sources.flags {
             let place = Place::Flag((*flag).to_owned());
             match reader.meaning(path) {
-                Meaning::Setting(_) | Meaning::FileOf => {
+                Meaning::Setting(setting) if setting.kind == Kind::NotBuilt => {
+                    reader.not_built(setting, place);
+                }
+                Meaning::Setting(_) | Meaning::FileOf(_) => {
                     reader.put(path, Raw::Text(value.clone()), place, Source::Flag);
                 }
                 Meaning::Section | Meaning::Nothing => reader.unknown(path, place),
@@ -166,9 +172,10 @@ impl Reader {
         }
     }
 
-    /// Reports that settings contradict each other, unless one of them has a fault of its own.
+    /// Reports that settings contradict each other, unless one of them has a fault of its own or
+    /// the file couldn't be read.
     pub(super) fn contradiction(&mut self, paths: &[&'static str], text: impl Into<String>) {
-        if paths.iter().any(|path| self.faulty.contains(path)) {
+        if self.unread || paths.iter().any(|path| self.faulty.contains(path)) {
             return;
         }
         self.faults.push(Fault {
@@ -382,7 +389,7 @@ impl Reader {
     }
 
     fn missing(&mut self, setting: &'static Setting) {
-        if self.found.contains_key(setting.path) || self.faulty.contains(setting.path) {
+        if self.unread || self.faulty.contains(setting.path) {
             return;
         }
         self.faulty.insert(setting.path);
@@ -428,7 +435,7 @@ impl Reader {
                 return Meaning::Setting(setting);
             }
             if setting.kind.from_file() && path.strip_suffix("_file") == Some(setting.path) {
-                return Meaning::FileOf;
+                return Meaning::FileOf(setting);
             }
         }
         match is_section(self.role, path) {
@@ -474,10 +481,12 @@ impl Reader {
                     place: Place::Nowhere,
                     text: format!("can't read {name}: {error}"),
                 });
+                self.unread = true;
                 return;
             }
         };
         let Some(root) = self.tree(&name, document) else {
+            self.unread = true;
             return;
         };
         match root.value {
@@ -539,11 +548,12 @@ impl Reader {
                     let at = place(file, entry.node.at);
                     self.read_value(file, setting, at, value);
                 }
-                (Meaning::FileOf, Value::Text(text)) => {
+                (Meaning::FileOf(_), Value::Text(text)) => {
                     let at = place(file, entry.node.at);
                     self.put(&path, Raw::Text(text), at, Source::File);
                 }
-                (Meaning::FileOf, _) => {
+                (Meaning::FileOf(setting), _) => {
+                    self.faulty.insert(setting.path);
                     let text = "expected the name of a file";
                     self.fault(FaultKind::Invalid, at, &path, text);
                 }
@@ -635,8 +645,11 @@ impl Reader {
                     );
                 }
                 None => {
-                    let text = "the value is not UTF-8";
-                    self.fault(FaultKind::Invalid, place, &path, text);
+                    if let Meaning::Setting(setting) | Meaning::FileOf(setting) =
+                        self.meaning(&path)
+                    {
+                        self.invalid(setting.path, place, "the value is not UTF-8");
+                    }
                 }
             }
         } else if of(self.role.other()).is_none()
