@@ -299,6 +299,8 @@ fn settings_of_later_versions_are_refused() {
         ))
         .starts_with("silo.yaml:1:8: grpc.tls: not built yet")
     );
+    let flag = Sources::none().flag("http.cors", "--cors", "x");
+    assert!(fault(ServerConfig::load(&flag)).starts_with("--cors: http.cors is not built yet"));
 }
 
 #[test]
