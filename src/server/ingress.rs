@@ -33,7 +33,7 @@ use crate::mux::{HeadRead, Read, Reason};
 const DRAIN_LIMIT: usize = 64 * 1024;
 
 /// What the requests of one connection share.
-pub struct Visit {
+pub(super) struct Visit {
     worker: Arc<Worker>,
     tenancy: Arc<Tenancy>,
     watched: Arc<Watched>,
@@ -42,7 +42,7 @@ pub struct Visit {
 
 impl Visit {
     /// A connection from `peer` to the port of `tenancy`.
-    pub fn new(
+    pub(super) fn new(
         worker: Arc<Worker>,
         tenancy: Arc<Tenancy>,
         watched: Arc<Watched>,
@@ -60,7 +60,7 @@ impl Visit {
 }
 
 /// Serves one request.
-pub async fn serve(
+pub(super) async fn serve(
     visit: Arc<Visit>,
     request: Request<Incoming>,
 ) -> Result<Response<Answer>, Infallible> {
@@ -269,7 +269,6 @@ struct Upload {
     fault: AtomicU8,
 }
 
-const NO_FAULT: u8 = 0;
 const TOO_LARGE: u8 = 1;
 const INCOMPLETE: u8 = 2;
 
@@ -447,7 +446,7 @@ impl Drop for Underway {
 }
 
 /// The body of an answer: the exchange's, or one of our own.
-pub struct Answer {
+pub(super) struct Answer {
     source: Source,
     /// The exchange broke off, and what came before it has been given to hyper.
     last_look: bool,
@@ -465,7 +464,7 @@ enum Source {
 /// The answer broke off; hyper closes the connection, so that the visitor can tell.
 #[derive(Debug, thiserror::Error)]
 #[error("the answer broke off: {0}")]
-pub struct BrokenOff(Reason);
+pub(super) struct BrokenOff(Reason);
 
 impl Body for Answer {
     type Data = Bytes;

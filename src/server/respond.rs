@@ -13,7 +13,7 @@ static X_SILO_ERROR: HeaderName = HeaderName::from_static("x-silo-error");
 
 /// Why a visitor gets an answer of the server's own instead of his service's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
+pub(super) enum Fault {
     /// No agent is behind the port now.
     AgentOffline,
     /// The tunnel was lost before the answer's head came.
@@ -65,7 +65,7 @@ impl From<Reason> for Fault {
 
 impl Fault {
     /// What it counts as.
-    pub fn failure(self) -> Failure {
+    pub(super) fn failure(self) -> Failure {
         match self {
             Self::AgentOffline => Failure::AgentOffline,
             Self::TunnelLost => Failure::TunnelLost,
@@ -145,7 +145,7 @@ impl Fault {
     }
 
     /// The answer: problem details as in RFC 9457.
-    pub fn respond(self) -> Response<Bytes> {
+    pub(super) fn respond(self) -> Response<Bytes> {
         let status = self.status();
         let body = serde_json::json!({
             "type": "about:blank",

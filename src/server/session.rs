@@ -100,7 +100,7 @@ impl Session {
 
 /// What the requests of one tunnel connection share.
 #[derive(Debug)]
-pub struct Connection {
+pub(super) struct Connection {
     /// Where it comes from.
     pub peer: SocketAddr,
     /// The host by which the agent reached us, for its public URL.
@@ -115,7 +115,7 @@ pub struct Connection {
 
 impl Connection {
     /// A connection on which nothing has happened yet.
-    pub fn new(peer: SocketAddr) -> Arc<Self> {
+    pub(super) fn new(peer: SocketAddr) -> Arc<Self> {
         Arc::new(Self {
             peer,
             host: Mutex::new(None),
@@ -126,13 +126,13 @@ impl Connection {
     }
 
     /// Notes the host by which the agent reached us.
-    pub fn reached_by(&self, host: &str) {
+    pub(super) fn reached_by(&self, host: &str) {
         *self.host.lock().unwrap_or_else(PoisonError::into_inner) = Some(host.to_owned());
     }
 }
 
 /// The gRPC service of one tunnel connection.
-pub struct TunnelService {
+pub(super) struct TunnelService {
     /// Where the connection lives.
     pub worker: Arc<Worker>,
     /// The connection.
@@ -469,7 +469,7 @@ struct First {
 
 /// The stream of messages to the agent: the welcome or a rejection first, then frames in batches
 /// as large as there is to send, then the farewell if there is one.
-pub struct Outbound {
+pub(super) struct Outbound {
     state: OutboundState,
     worker: Arc<Worker>,
 }

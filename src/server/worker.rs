@@ -28,7 +28,7 @@ use crate::wire::{MAX_MESSAGE, tunnel_server::TunnelServer};
 
 /// The unit in which a worker measures the times of its connections: a coarse clock that costs
 /// nothing to read, moved on by the sweep. A limit is kept to within this much.
-pub const TICK: Duration = Duration::from_millis(500);
+pub(super) const TICK: Duration = Duration::from_millis(500);
 
 /// How many batches of connections may wait for a worker. One more and the batch is dropped,
 /// which closes its connections: a worker that far behind wouldn't serve them in time.
@@ -38,7 +38,7 @@ const QUEUE: usize = 1024;
 const GOODBYE: Duration = Duration::from_secs(1);
 
 /// What all parts of a server share.
-pub struct Shared {
+pub(super) struct Shared {
     /// What the server was told.
     pub config: ServerConfig,
     /// What it counts.
@@ -59,19 +59,19 @@ pub struct Shared {
 
 impl Shared {
     /// The most exchanges a tunnel carries at once.
-    pub fn max_exchanges(&self) -> u32 {
+    pub(super) fn max_exchanges(&self) -> u32 {
         u32::try_from(self.config.http.max_exchanges_per_agent).unwrap_or(u32::MAX)
     }
 
     /// Has every worker look at its connections now. Many calls before a worker gets to it are
     /// one.
-    pub fn sweep_all(&self) {
+    pub(super) fn sweep_all(&self) {
         self.sweeps.iter().for_each(|sweep| sweep.notify_one());
     }
 }
 
 /// Connections for a worker.
-pub enum Job {
+pub(super) enum Job {
     /// Of visitors of one port.
     Visitors(Arc<Tenancy>, Vec<Accepted>),
     /// Of agents, on the tunnel port.
@@ -79,10 +79,10 @@ pub enum Job {
 }
 
 /// The queue to a worker.
-pub type JobSender = mpsc::Sender<Job>;
+pub(super) type JobSender = mpsc::Sender<Job>;
 
 /// See the module.
-pub struct Worker {
+pub(super) struct Worker {
     index: usize,
     shared: Arc<Shared>,
     sweep: Arc<Notify>,
@@ -96,7 +96,7 @@ pub struct Worker {
 
 impl Worker {
     /// A worker and the queue to it.
-    pub fn new(
+    pub(super) fn new(
         index: usize,
         shared: Arc<Shared>,
         request_ids: RequestIds,
@@ -114,27 +114,27 @@ impl Worker {
     }
 
     /// Its number.
-    pub fn index(&self) -> usize {
+    pub(super) fn index(&self) -> usize {
         self.index
     }
 
     /// What it shares with the others.
-    pub fn shared(&self) -> &Shared {
+    pub(super) fn shared(&self) -> &Shared {
         &self.shared
     }
 
     /// What it counts.
-    pub fn metrics(&self) -> &WorkerMetrics {
+    pub(super) fn metrics(&self) -> &WorkerMetrics {
         self.shared.metrics.worker(self.index)
     }
 
     /// The time in [`TICK`]s.
-    pub fn now(&self) -> u32 {
+    pub(super) fn now(&self) -> u32 {
         self.clock.load(Ordering::Relaxed)
     }
 
     /// A name for a request that has none.
-    pub fn request_id(&self) -> crate::headers::RequestId {
+    pub(super) fn request_id(&self) -> crate::headers::RequestId {
         self.request_ids
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -142,7 +142,7 @@ impl Worker {
     }
 
     /// Takes connections until the queue's senders are gone.
-    pub async fn run(self: Arc<Self>, mut jobs: mpsc::Receiver<Job>) {
+    pub(super) async fn run(self: Arc<Self>, mut jobs: mpsc::Receiver<Job>) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
@@ -185,19 +185,19 @@ impl Worker {
     }
 
     /// Has every visitor's connection end after what it is doing.
-    pub fn wind_down(&self) {
+    pub(super) fn wind_down(&self) {
         for (_, watched) in self.watched().iter() {
             watched.wind_down();
         }
     }
 
     /// Puts a connection among those the sweep looks at.
-    pub fn watch(&self, watched: Arc<Watched>) -> usize {
+    pub(super) fn watch(&self, watched: Arc<Watched>) -> usize {
         self.watched().insert(watched)
     }
 
     /// Takes it out again.
-    pub fn unwatch(&self, key: usize) {
+    pub(super) fn unwatch(&self, key: usize) {
         let mut all = self.watched();
         all.try_remove(key);
         if all.is_empty() && all.capacity() > 1024 {
@@ -272,7 +272,7 @@ impl Worker {
     }
 
     /// Counts a refused connection.
-    pub fn refuse(&self, reason: Refusal) {
+    pub(super) fn refuse(&self, reason: Refusal) {
         self.metrics().connections_refused.inc(reason);
     }
 }
