@@ -43,6 +43,12 @@ impl Chunks {
         chunk
     }
 
+    /// How many slices there are.
+    #[cfg(test)]
+    pub(super) fn slices(&self) -> usize {
+        self.rest.len() + usize::from(!self.first.is_empty())
+    }
+
     /// Forgets everything and says how many bytes that were.
     pub(super) fn clear(&mut self) -> usize {
         std::mem::take(self).bytes

@@ -79,12 +79,7 @@ pub(super) struct Exchange {
     /// Of the outbox, bytes beyond the reserved window, promised while they wait.
     pub(super) outbox_loan: usize,
 
-    /// In the queue of exchanges with something to send.
-    pub(super) scheduled: bool,
-    /// In the queue of exchanges with credit or a reset to send.
-    pub(super) control_scheduled: bool,
-    /// In the queue of exchanges with an event.
-    pub(super) event_scheduled: bool,
+    /// Events not yet reported.
     pub(super) readable: bool,
     pub(super) writable: bool,
     /// The application was told there is no capacity and waits for the event.
@@ -115,9 +110,6 @@ impl Exchange {
             refused: None,
             promised,
             outbox_loan: 0,
-            scheduled: false,
-            control_scheduled: false,
-            event_scheduled: false,
             readable: false,
             writable: false,
             wants_capacity: false,

@@ -26,8 +26,11 @@ mod chunks;
 mod error;
 mod exchange;
 mod frame;
+mod queue;
 mod session;
 mod store;
+#[cfg(test)]
+mod tests;
 mod window;
 
 pub use budget::{Budget, Pool};

@@ -7,6 +7,7 @@ use super::budget::Budget;
 use super::error::{OpenError, ProtocolError, Reason, SessionError};
 use super::exchange::{Ending, Exchange, HeadOut, Read};
 use super::frame::Frame;
+use super::queue::IndexQueue;
 use super::store::{Key, Store};
 use super::{MAX_HEAD, MAX_WINDOW, RESERVED_WINDOW};
 use crate::head::{Lines, RequestHead, ResponseHead};
@@ -68,6 +69,9 @@ const FIRST_LOAN: usize = 48 * 1024;
 /// to fill a batch while the next piece is being read.
 const OUTBOX_LIMIT: usize = 128 * 1024;
 
+#[cfg(test)]
+mod audit;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
     Opener,
@@ -83,12 +87,12 @@ pub struct Session {
     store: Store,
     /// Exchanges that are not over: the number the agreement limits.
     live: u32,
-    /// Exchanges with something to send, in the order of their turns. Each at most once.
-    ready: VecDeque<usize>,
-    /// Exchanges with credit or a reset to send. Each at most once.
-    control: VecDeque<usize>,
-    /// Exchanges with an event to report. Each at most once.
-    events: VecDeque<usize>,
+    /// Exchanges with something to send, in the order of their turns.
+    ready: IndexQueue,
+    /// Exchanges with credit or a reset to send.
+    control: IndexQueue,
+    /// Exchanges with an event to report.
+    events: IndexQueue,
     /// Exchanges the application hasn't accepted yet; bounded by the agreed number.
     accepted: VecDeque<(Key, RequestHead)>,
     heartbeat: Heartbeat,
@@ -133,9 +137,9 @@ impl Session {
             budget,
             store,
             live: 0,
-            ready: VecDeque::new(),
-            control: VecDeque::new(),
-            events: VecDeque::new(),
+            ready: IndexQueue::default(),
+            control: IndexQueue::default(),
+            events: IndexQueue::default(),
             accepted: VecDeque::new(),
             heartbeat: Heartbeat {
                 last_heard: now,
@@ -615,12 +619,12 @@ impl Session {
         }
         let mut spent: usize = frames.iter().map(Frame::cost).sum();
         while spent < limit
-            && let Some(index) = self.control.pop_front()
+            && let Some(index) = self.control.pop()
         {
             spent += self.transmit_control(index, frames);
         }
         while spent < limit
-            && let Some(index) = self.ready.pop_front()
+            && let Some(index) = self.ready.pop()
         {
             let alone = self.ready.is_empty();
             let quantum = if alone {
@@ -644,18 +648,17 @@ impl Session {
 
     /// The next event, until there is none.
     pub fn poll_event(&mut self) -> Option<Event> {
-        while let Some(index) = self.events.pop_front() {
+        while let Some(index) = self.events.pop() {
             let Some(exchange) = self.store.by_index(index) else {
                 continue;
             };
-            if !std::mem::take(&mut exchange.event_scheduled) {
-                continue;
-            }
             let what = Events {
                 readable: std::mem::take(&mut exchange.readable),
                 writable: std::mem::take(&mut exchange.writable),
             };
-            return Some(Event { index, what });
+            if what.readable || what.writable {
+                return Some(Event { index, what });
+            }
         }
         None
     }
@@ -757,9 +760,6 @@ impl Session {
         let Some(exchange) = self.store.by_index(index) else {
             return 0;
         };
-        if !std::mem::take(&mut exchange.control_scheduled) {
-            return 0;
-        }
         let before = frames.len();
         let id = exchange.id;
         if std::mem::take(&mut exchange.credit_due) && exchange.ending_in.is_none() {
@@ -787,7 +787,7 @@ impl Session {
         let Some(exchange) = self.store.by_index(index) else {
             return 0;
         };
-        if !std::mem::take(&mut exchange.scheduled) || exchange.sent_end {
+        if !exchange.is_ready() {
             return 0;
         }
         let cost = exchange.take_turn(quantum, frames);
@@ -819,18 +819,16 @@ impl Session {
     fn schedule(&mut self, index: usize) {
         if let Some(exchange) = self.store.by_index(index)
             && exchange.is_ready()
-            && !std::mem::replace(&mut exchange.scheduled, true)
         {
-            self.ready.push_back(index);
+            self.ready.push(index);
         }
     }
 
     fn schedule_control(&mut self, index: usize) {
         if let Some(exchange) = self.store.by_index(index)
             && exchange.has_control()
-            && !std::mem::replace(&mut exchange.control_scheduled, true)
         {
-            self.control.push_back(index);
+            self.control.push(index);
         }
     }
 
@@ -844,9 +842,8 @@ impl Session {
     fn schedule_event(&mut self, index: usize) {
         if let Some(exchange) = self.store.by_index(index)
             && !exchange.released
-            && !std::mem::replace(&mut exchange.event_scheduled, true)
         {
-            self.events.push_back(index);
+            self.events.push(index);
         }
     }
 
@@ -869,11 +866,8 @@ impl Session {
     /// What a burst has grown, an idle tunnel doesn't keep.
     fn forget_bursts(&mut self) {
         const KEEP: usize = 64;
-        self.ready.clear();
-        self.control.clear();
-        self.events.clear();
         for queue in [&mut self.ready, &mut self.control, &mut self.events] {
-            queue.shrink_to(KEEP);
+            queue.reset(KEEP);
         }
         self.accepted.shrink_to(KEEP);
     }
