@@ -28,6 +28,15 @@ pub(super) enum Ending {
     Reset(Reason),
 }
 
+/// Whether the peer is to stop, or has been told to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cancel {
+    No,
+    /// To be said when our own side has ended.
+    Due(Reason),
+    Sent,
+}
+
 /// A head on its way to the peer.
 #[derive(Debug)]
 pub(super) enum HeadOut {
@@ -46,6 +55,9 @@ pub(super) enum HeadOut {
 ///                             │            │
 ///                             └──── and ───┴── and released by the application ──> freed
 /// ```
+///
+/// Between `sent_end` and `ending_in` an end may `cancel`: the peer, which hasn't ended, then ends
+/// by a reset.
 #[derive(Debug)]
 pub(super) struct Exchange {
     pub(super) id: ExchangeId,
@@ -62,6 +74,10 @@ pub(super) struct Exchange {
     pub(super) aborted: bool,
     /// Our end is on its way: nothing more may be sent.
     pub(super) sent_end: bool,
+    /// What the peer still sends isn't wanted.
+    pub(super) cancel: Cancel,
+    /// Why nothing can be sent any more, where it wasn't our own choice.
+    pub(super) stopped: Option<Reason>,
 
     /// The newest interim answer not yet taken. One place: a peer can't pile them up.
     pub(super) interim_in: Option<ResponseHead>,
@@ -101,6 +117,8 @@ impl Exchange {
             ending_out: None,
             aborted: false,
             sent_end: false,
+            cancel: Cancel::No,
+            stopped: None,
             interim_in: None,
             head_in: None,
             head_seen: false,
@@ -133,10 +151,7 @@ impl Exchange {
         if self.ending_out.is_none() && !self.sent_end {
             return Ok(());
         }
-        Err(match self.ending_in {
-            Some(Ending::Reset(reason)) => reason,
-            _ => self.refused.unwrap_or(Reason::Cancelled),
-        })
+        Err(self.stopped.unwrap_or(Reason::Cancelled))
     }
 
     /// Whether a turn would send something.
@@ -152,7 +167,9 @@ impl Exchange {
 
     /// Whether control has something to send for it.
     pub(super) fn has_control(&self) -> bool {
-        (self.aborted && !self.sent_end) || (self.credit_due && self.ending_in.is_none())
+        let peer_goes_on = self.ending_in.is_none();
+        let cancels = self.sent_end && matches!(self.cancel, Cancel::Due(_));
+        (self.aborted && !self.sent_end) || (peer_goes_on && (self.credit_due || cancels))
     }
 
     /// Takes one turn: at most `quantum` bytes of body. Says what the frames cost.

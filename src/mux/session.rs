@@ -5,7 +5,7 @@ use bytes::Bytes;
 
 use super::budget::Budget;
 use super::error::{OpenError, ProtocolError, Reason, SessionError};
-use super::exchange::{Ending, Exchange, HeadOut, Read};
+use super::exchange::{Cancel, Ending, Exchange, HeadOut, Read};
 use super::frame::Frame;
 use super::queue::IndexQueue;
 use super::store::{Key, Store};
@@ -38,7 +38,7 @@ pub struct Event {
 pub struct Events {
     /// A head, data, or the end has come.
     pub readable: bool,
-    /// There is capacity again, or there will never be.
+    /// There is capacity again, or there will never be: see [`Session::stopped`].
     pub writable: bool,
 }
 
@@ -333,10 +333,20 @@ impl Session {
         }
     }
 
-    /// Ends our side at once; what is queued is dropped.
+    /// Ends the exchange at once; what is queued is dropped, and the peer is told to stop if it
+    /// hasn't ended its side.
     pub fn abort(&mut self, key: Key, reason: Reason) {
         if self.store.get(key).is_some() {
             self.abort_index(key.index, reason);
+        }
+    }
+
+    /// Why the peer wants no more of our side, once it has said so or the tunnel is lost. A
+    /// `writable` event tells when that happens.
+    pub fn stopped(&mut self, key: Key) -> Option<Reason> {
+        match self.store.get(key) {
+            Some(exchange) => exchange.stopped,
+            None => Some(Reason::Cancelled),
         }
     }
 
@@ -345,6 +355,7 @@ impl Session {
             return;
         };
         if exchange.sent_end || exchange.aborted {
+            self.cancel(index, reason);
             return;
         }
         exchange.outbox.clear();
@@ -357,17 +368,37 @@ impl Session {
             if exchange.ending_in.is_none() {
                 exchange.ending_in = Some(Ending::Reset(reason));
             }
+            exchange.readable = true;
+            exchange.writable = true;
             self.live -= 1;
+            self.schedule_event(index);
             self.free_if_over(index);
         } else {
             exchange.aborted = true;
+            if exchange.wants_capacity {
+                exchange.writable = true;
+                self.schedule_event(index);
+            }
             self.schedule_control(index);
         }
     }
 
-    /// Lets go of an exchange. If our side hasn't ended, it is cancelled; whatever still comes
-    /// from the peer is dropped.
+    /// Has the peer told that what it still sends isn't wanted, once our own side has ended.
+    fn cancel(&mut self, index: usize, reason: Reason) {
+        if let Some(exchange) = self.store.by_index(index)
+            && exchange.ending_in.is_none()
+            && exchange.cancel == Cancel::No
+        {
+            exchange.cancel = Cancel::Due(reason);
+            self.schedule_control(index);
+        }
+    }
+
+    /// Lets go of an exchange. Whichever side hasn't ended is cancelled, and whatever still comes
+    /// from the peer is dropped. What was queued before [`Session::finish`] is still sent, except
+    /// where it is a request whose answer nobody will read.
     pub fn release(&mut self, key: Key) {
+        let role = self.role;
         let Some(exchange) = self.store.get(key) else {
             return;
         };
@@ -375,8 +406,17 @@ impl Session {
         exchange.inbox.clear();
         exchange.head_in = None;
         exchange.interim_in = None;
-        if exchange.ending_out.is_none() && !exchange.sent_end {
-            self.abort_index(key.index, Reason::Cancelled);
+        exchange.readable = false;
+        exchange.writable = false;
+        let moot = role == Role::Opener && exchange.ending_in.is_none();
+        let reason = match exchange.ending_out {
+            Some(Ending::Reset(reason)) => reason,
+            _ => Reason::Cancelled,
+        };
+        if exchange.ending_out.is_none() || moot {
+            self.abort_index(key.index, reason);
+        } else {
+            self.cancel(key.index, reason);
         }
         self.free_if_over(key.index);
     }
@@ -407,6 +447,9 @@ impl Session {
             };
             if !exchange.is_over() {
                 self.live -= 1;
+            }
+            if !exchange.sent_end {
+                exchange.stopped.get_or_insert(Reason::TunnelLost);
             }
             exchange.sent_end = true;
             exchange.outbox.clear();
@@ -512,6 +555,8 @@ impl Session {
                         exchange.head_in = Some(head);
                     } else {
                         exchange.refused = Some(Reason::Overloaded);
+                        exchange.stopped = Some(Reason::Overloaded);
+                        exchange.writable = true;
                         self.abort_index(index, Reason::Overloaded);
                     }
                 }
@@ -542,12 +587,27 @@ impl Session {
                 }
             }
             Frame::Reset { id, reason } => {
-                let Some((index, exchange)) = live_exchange(&mut self.store, id)? else {
+                let Some(index) = self.store.find(id) else {
                     return Ok(());
                 };
-                exchange.writable = true;
+                let Some(exchange) = self.store.by_index(index) else {
+                    return Ok(());
+                };
+                if matches!(exchange.head_out, Some(HeadOut::Open(..)))
+                    || matches!(exchange.ending_in, Some(Ending::Reset(_)))
+                {
+                    return Err(ProtocolError::OutOfOrder);
+                }
                 let answer = !exchange.sent_end;
-                self.end_incoming(index, Ending::Reset(reason));
+                if answer && !exchange.aborted {
+                    exchange.stopped = Some(reason);
+                    exchange.writable = true;
+                    self.schedule_event(index);
+                }
+                // After its own end, a peer's reset only says that it wants no more of ours.
+                if !self.has_ended(index) {
+                    self.end_incoming(index, Ending::Reset(reason));
+                }
                 if answer {
                     self.abort_index(index, Reason::Cancelled);
                 }
@@ -742,6 +802,13 @@ impl Session {
         Ok(())
     }
 
+    /// Whether the peer has ended its side.
+    fn has_ended(&mut self, index: usize) -> bool {
+        self.store
+            .by_index(index)
+            .is_none_or(|exchange| exchange.ending_in.is_some())
+    }
+
     /// The peer has ended its side. The caller has checked that it hadn't before.
     fn end_incoming(&mut self, index: usize, ending: Ending) {
         let Some(exchange) = self.store.by_index(index) else {
@@ -770,6 +837,7 @@ impl Session {
         }
         if exchange.aborted && !exchange.sent_end {
             exchange.sent_end = true;
+            exchange.cancel = Cancel::Sent;
             let reason = match exchange.ending_out.take() {
                 Some(Ending::Reset(reason)) => reason,
                 _ => Reason::Cancelled,
@@ -779,6 +847,12 @@ impl Session {
                 self.live -= 1;
             }
             self.free_if_over(index);
+        } else if let Cancel::Due(reason) = exchange.cancel
+            && exchange.sent_end
+            && exchange.ending_in.is_none()
+        {
+            exchange.cancel = Cancel::Sent;
+            frames.push(Frame::Reset { id, reason });
         }
         frames[before..].iter().map(Frame::cost).sum()
     }
@@ -796,6 +870,7 @@ impl Session {
             if exchange.is_over() {
                 self.live -= 1;
             }
+            self.schedule_control(index);
             self.free_if_over(index);
             return cost;
         }

@@ -109,6 +109,10 @@ impl Session {
                 !event || exchange.released || self.events.contains(index),
                 "an event that nobody will hear of"
             );
+            assert!(
+                exchange.cancel != Cancel::Sent || exchange.sent_end,
+                "cancelled before the own end"
+            );
         }
     }
 }
