@@ -93,7 +93,8 @@ pub struct Session {
     control: IndexQueue,
     /// Exchanges with an event to report.
     events: IndexQueue,
-    /// Exchanges the application hasn't accepted yet; bounded by the agreed number.
+    /// Exchanges the application hasn't accepted yet. They are in the store, which admits no more
+    /// than the agreed number.
     accepted: VecDeque<(Key, RequestHead)>,
     heartbeat: Heartbeat,
     drain: Drain,
@@ -191,12 +192,18 @@ impl Session {
         Ok(key)
     }
 
-    /// The next exchange that the peer has opened.
+    /// The next exchange that the peer has opened, and hasn't given up meanwhile.
     pub fn accept(&mut self) -> Option<(Key, RequestHead)> {
-        self.accepted.pop_front()
+        loop {
+            let (key, head) = self.accepted.pop_front()?;
+            if self.stopped(key).is_none() {
+                return Some((key, head));
+            }
+            self.release(key);
+        }
     }
 
-    /// Whether [`Session::accept`] would return an exchange.
+    /// Whether exchanges wait for [`Session::accept`].
     pub fn has_accepted(&self) -> bool {
         !self.accepted.is_empty()
     }
@@ -440,7 +447,9 @@ impl Session {
             return;
         }
         self.closed = true;
-        self.accepted.clear();
+        for (key, _) in std::mem::take(&mut self.accepted) {
+            self.release(key);
+        }
         for index in self.store.indexes() {
             let Some(exchange) = self.store.by_index(index) else {
                 continue;
@@ -486,8 +495,12 @@ impl Session {
 
     // --- The stream's side ------------------------------------------------------------------
 
-    /// Takes a frame from the peer. An error ends the session.
+    /// Takes a frame from the peer. An error ends the session: the caller is to
+    /// [close](Session::close) it. What comes after that is dropped.
     pub fn receive(&mut self, frame: Frame, now: Duration) -> Result<(), ProtocolError> {
+        if self.closed {
+            return Ok(());
+        }
         self.heartbeat.last_heard = now;
         match frame {
             Frame::Open {
@@ -763,11 +776,17 @@ impl Session {
         end: bool,
         credit: u32,
     ) -> Result<(), ProtocolError> {
-        let reserved = 2 * RESERVED_WINDOW as usize + head.size();
-        let admitted = self.budget.reserve(reserved);
-        let mut exchange = Exchange::new(id, RESERVED_WINDOW, if admitted { reserved } else { 0 });
+        let mut exchange = Exchange::new(id, RESERVED_WINDOW, 0);
         exchange.head_seen = true;
         exchange.send_window.grant(credit)?;
+        let reserved = 2 * RESERVED_WINDOW as usize + head.size();
+        // Exchanges that are over on the wire, but that the application still works on, count: a
+        // peer that resets fast gets no more work done than one that waits.
+        let admitted =
+            self.store.len() < self.config.max_exchanges as usize && self.budget.reserve(reserved);
+        if admitted {
+            exchange.promised = reserved;
+        }
         let key = self.store.insert(exchange);
         self.live += 1;
         if self.drain.ours || !admitted {

@@ -8,6 +8,7 @@ use super::*;
 use crate::head::{Lines, LinesBuilder, RequestHead, ResponseHead};
 
 mod exchanges;
+mod limits;
 
 /// Room enough for everything.
 const PLENTY: usize = 1 << 30;

@@ -216,3 +216,42 @@ fn an_abort_wakes_who_waits_in_the_other_direction() {
     pair.acceptor.release(theirs);
     pair.assert_empty();
 }
+
+#[test]
+fn a_request_given_up_before_it_was_accepted_is_not_accepted() {
+    let mut pair = Pair::new();
+    let left = pair.opener.open(get("/left"), true).unwrap();
+    let stays = pair.opener.open(get("/stays"), true).unwrap();
+    pair.settle();
+    pair.opener.release(left);
+    pair.settle();
+    let (theirs, head) = pair.acceptor.accept().unwrap();
+    assert_eq!(&head.target[..], b"/stays");
+    assert_eq!(pair.acceptor.accept(), None);
+    pair.acceptor.release(theirs);
+    pair.opener.release(stays);
+    pair.assert_empty();
+}
+
+#[test]
+fn closing_lets_go_of_what_nobody_accepted() {
+    let mut pair = Pair::new();
+    let key = pair.opener.open(get("/"), true).unwrap();
+    pair.settle();
+    pair.acceptor.close();
+    pair.opener.close();
+    pair.opener.release(key);
+    pair.assert_empty();
+}
+
+#[test]
+fn a_closed_session_takes_nothing_in() {
+    let mut pair = Pair::new();
+    let key = pair.opener.open(get("/"), true).unwrap();
+    pair.acceptor.close();
+    pair.settle();
+    assert_eq!(pair.acceptor.accept(), None);
+    pair.opener.close();
+    pair.opener.release(key);
+    pair.assert_empty();
+}

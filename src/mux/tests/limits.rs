@@ -1,0 +1,75 @@
+//! How much may be under way, and that it can't be got round.
+
+use super::*;
+
+fn small_config(max_exchanges: u32) -> Config {
+    Config {
+        max_exchanges,
+        ..config()
+    }
+}
+
+#[test]
+fn no_more_exchanges_than_agreed() {
+    let mut pair = Pair::with(small_config(3), budget(PLENTY), budget(PLENTY));
+    let keys: Vec<_> = (0..3)
+        .map(|_| pair.opener.open(get("/"), false).unwrap())
+        .collect();
+    assert_eq!(
+        pair.opener.open(get("/"), false),
+        Err(OpenError::Overloaded)
+    );
+    pair.settle();
+    let (theirs, _) = pair.acceptor.accept().unwrap();
+    pair.acceptor.answer(theirs, status(204));
+    pair.acceptor.finish(theirs, None);
+    pair.acceptor.release(theirs);
+    pair.settle();
+    assert_eq!(
+        pair.opener.open(get("/"), false),
+        Err(OpenError::Overloaded),
+        "ended by both, but not released"
+    );
+    pair.opener.release(keys[0]);
+    let again = pair.opener.open(get("/"), false).unwrap();
+    for key in [again, keys[1], keys[2]] {
+        pair.opener.release(key);
+    }
+    pair.settle();
+    while let Some((key, _)) = pair.acceptor.accept() {
+        pair.acceptor.release(key);
+    }
+    pair.assert_empty();
+}
+
+/// CVE-2023-44487: opening and resetting in a loop must not get more work started than waiting.
+#[test]
+fn a_peer_that_resets_fast_gets_no_more_work_done() {
+    const LIMIT: u32 = 8;
+    let mut pair = Pair::with(small_config(LIMIT), budget(PLENTY), budget(PLENTY));
+    let mut at_work = Vec::new();
+    for _ in 0..100 {
+        while let Ok(key) = pair.opener.open(get("/"), true) {
+            pair.request();
+            // The service is slow: it starts what it is given and doesn't look back.
+            at_work.extend(std::iter::from_fn(|| pair.acceptor.accept()).map(|(key, _)| key));
+            pair.opener.abort(key, Reason::Cancelled);
+            pair.opener.release(key);
+            assert!(pair.opener.live() <= LIMIT);
+            assert!(pair.acceptor.live() <= LIMIT);
+        }
+        pair.settle();
+        assert!(at_work.len() <= LIMIT as usize);
+        assert!(pair.acceptor.len() <= 2 * LIMIT as usize);
+        assert!(pair.acceptor.longest_queue() <= 2 * LIMIT as usize);
+        pair.acceptor.assert_consistent();
+    }
+    assert_eq!(at_work.len(), LIMIT as usize);
+    for key in at_work {
+        pair.acceptor.release(key);
+    }
+    while let Some((key, _)) = pair.acceptor.accept() {
+        pair.acceptor.release(key);
+    }
+    pair.assert_empty();
+}
