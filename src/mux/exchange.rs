@@ -64,6 +64,8 @@ pub(super) struct Exchange {
 
     /// Not yet sent. Until an opener's head is sent, the peer doesn't know of the exchange.
     pub(super) head_out: Option<HeadOut>,
+    /// The application has given the head, sent or not; until then its body waits.
+    pub(super) head_given: bool,
     /// The newest interim answer not yet sent. One place: a newer one replaces it.
     pub(super) interim_out: Option<ResponseHead>,
     pub(super) outbox: Chunks,
@@ -111,6 +113,7 @@ impl Exchange {
         Self {
             id,
             head_out: None,
+            head_given: false,
             interim_out: None,
             outbox: Chunks::default(),
             send_window: SendWindow::new(RESERVED_WINDOW),
@@ -161,7 +164,7 @@ impl Exchange {
         }
         self.head_out.is_some()
             || self.interim_out.is_some()
-            || (!self.outbox.is_empty() && self.send_window.available() > 0)
+            || (self.head_given && !self.outbox.is_empty() && self.send_window.available() > 0)
             || (self.outbox.is_empty() && self.ending_out.is_some())
     }
 
@@ -172,22 +175,19 @@ impl Exchange {
         (self.aborted && !self.sent_end) || (peer_goes_on && (self.credit_due || cancels))
     }
 
-    /// Takes one turn: at most `quantum` bytes of body. Says what the frames cost.
+    /// Takes one turn: at most `quantum` bytes of body, and at most one head or trailer section
+    /// that is larger. Says what the frames cost.
     pub(super) fn take_turn(&mut self, quantum: usize, frames: &mut Vec<Frame>) -> usize {
-        let mut cost = 0;
-        let mut emit = |frame: Frame| {
-            cost += frame.cost();
-            frames.push(frame);
-        };
+        let before = frames.len();
         let id = self.id;
         if let Some(head) = self.interim_out.take() {
-            emit(Frame::Interim { id, head });
+            frames.push(Frame::Interim { id, head });
         }
         let mut left = quantum;
         if let Some(head) = self.head_out.take() {
             let body = self.take_body(&mut left);
             let end = self.take_plain_end();
-            emit(match head {
+            frames.push(match head {
                 HeadOut::Open(head, credit) => Frame::Open {
                     id,
                     head,
@@ -203,20 +203,21 @@ impl Exchange {
                 },
             });
         }
-        loop {
+        while self.head_given {
             let body = self.take_body(&mut left);
             if body.is_empty() {
                 break;
             }
             let end = self.take_plain_end();
-            emit(Frame::Data { id, body, end });
+            frames.push(Frame::Data { id, body, end });
         }
         if !self.sent_end
             && self.outbox.is_empty()
+            && (self.ending_is_small() || frames.len() == before)
             && let Some(ending) = self.ending_out.take()
         {
             self.sent_end = true;
-            emit(match ending {
+            frames.push(match ending {
                 Ending::Complete(None) => Frame::Data {
                     id,
                     body: Bytes::new(),
@@ -226,7 +227,7 @@ impl Exchange {
                 Ending::Reset(reason) => Frame::Reset { id, reason },
             });
         }
-        cost
+        frames[before..].iter().map(Frame::cost).sum()
     }
 
     /// The next bytes of the outbox that credit and `left` allow; empty for none.
@@ -239,6 +240,15 @@ impl Exchange {
         self.send_window.spend(body.len());
         *left -= body.len();
         body
+    }
+
+    /// Whether our ending may go with whatever else is in the turn.
+    fn ending_is_small(&self) -> bool {
+        const SMALL: usize = 16 * 1024;
+        match &self.ending_out {
+            Some(Ending::Complete(Some(lines))) => lines.size() <= SMALL,
+            _ => true,
+        }
     }
 
     /// Whether the frame being made is the last one, because the body ends here.

@@ -182,6 +182,7 @@ impl Session {
             let window = RESERVED_WINDOW + loan as u32;
             let mut exchange = Exchange::new(id, window, reserved + loan);
             exchange.head_out = Some(HeadOut::Open(head, loan as u32));
+            exchange.head_given = true;
             if !expects_body {
                 exchange.ending_out = Some(Ending::Complete(None));
             }
@@ -261,24 +262,37 @@ impl Session {
     }
 
     /// Queues an interim answer (1xx). One that hasn't been sent yet is replaced, since a later
-    /// one says more; they carry nothing a visitor may rely upon (RFC 9110, section 15.2).
+    /// one says more; they carry nothing a visitor may rely upon (RFC 9110, section 15.2). Dropped
+    /// after the final answer, and if it is larger than 8 KiB or has another status.
     pub fn interim(&mut self, key: Key, head: ResponseHead) {
         debug_assert_eq!(self.role, Role::Acceptor);
         if let Some(exchange) = self.store.get(key)
+            && exchange.ending_out.is_none()
             && !exchange.sent_end
-            && !exchange.aborted
+            && !exchange.head_given
+            && is_interim(head.status)
+            && head.size() <= MAX_INTERIM
         {
             exchange.interim_out = Some(head);
             self.schedule(key.index);
         }
     }
 
-    /// Answers an exchange; the body follows by [`Session::send`] and [`Session::finish`].
+    /// Answers an exchange, once; the body follows by [`Session::send`] and [`Session::finish`].
+    /// A head beyond [`MAX_HEAD`], or with a status that no final answer has, ends the exchange
+    /// with [`Reason::UpstreamError`].
     pub fn answer(&mut self, key: Key, head: ResponseHead) {
         debug_assert_eq!(self.role, Role::Acceptor);
         if let Some(exchange) = self.store.get(key)
             && exchange.ending_out.is_none()
+            && !exchange.sent_end
+            && !exchange.head_given
         {
+            if !is_final(head.status) || head.size() > MAX_HEAD {
+                self.abort_index(key.index, Reason::UpstreamError);
+                return;
+            }
+            exchange.head_given = true;
             exchange.head_out = Some(HeadOut::Answer(head));
             self.schedule(key.index);
         }
@@ -305,7 +319,8 @@ impl Session {
     }
 
     /// Queues body bytes. They may exceed [`Session::capacity`] by what the source handed out in
-    /// one piece; the caller asks for capacity before it takes the next piece.
+    /// one piece; the caller asks for capacity before it takes the next piece. The bytes of an
+    /// answer wait for its head.
     pub fn send(&mut self, key: Key, chunk: Bytes) -> Result<(), Reason> {
         let Some(exchange) = self.store.get(key) else {
             return Err(Reason::Cancelled);
@@ -317,12 +332,12 @@ impl Session {
         Ok(())
     }
 
-    /// Ends our side after what is queued.
+    /// Ends our side after what is queued. Trailers beyond [`MAX_HEAD`] are discarded, as they may
+    /// be (RFC 9110, section 6.5.1). An answer without a head ends with
+    /// [`Reason::UpstreamError`] instead.
     pub fn finish(&mut self, key: Key, trailers: Option<Lines>) {
-        self.end(
-            key,
-            Ending::Complete(trailers.filter(|lines| !lines.is_empty())),
-        );
+        let fits = |lines: &Lines| !lines.is_empty() && lines.size() <= MAX_HEAD;
+        self.end(key, Ending::Complete(trailers.filter(fits)));
     }
 
     /// Ends our side early, but after what is queued: the source broke off.
@@ -335,8 +350,14 @@ impl Session {
             && exchange.ending_out.is_none()
             && !exchange.sent_end
         {
-            exchange.ending_out = Some(ending);
-            self.schedule(key.index);
+            match ending {
+                _ if exchange.head_given => {
+                    exchange.ending_out = Some(ending);
+                    self.schedule(key.index);
+                }
+                Ending::Reset(reason) => self.abort_index(key.index, reason),
+                Ending::Complete(_) => self.abort_index(key.index, Reason::UpstreamError),
+            }
         }
     }
 
@@ -526,7 +547,7 @@ impl Session {
             }
             Frame::Interim { id, head } => {
                 self.role_must_be(Role::Opener)?;
-                if !(100..200).contains(&head.status) {
+                if !is_interim(head.status) {
                     return Err(ProtocolError::BadStatus);
                 }
                 let Some((index, exchange)) = live_exchange(&mut self.store, id)? else {
@@ -548,7 +569,7 @@ impl Session {
                 end,
             } => {
                 self.role_must_be(Role::Opener)?;
-                if !(200..1000).contains(&head.status) && head.status != 101 {
+                if !is_final(head.status) {
                     return Err(ProtocolError::BadStatus);
                 }
                 if head.size() > MAX_HEAD {
@@ -965,6 +986,15 @@ impl Session {
         }
         self.accepted.shrink_to(KEEP);
     }
+}
+
+fn is_interim(status: u16) -> bool {
+    (100..200).contains(&status) && status != 101
+}
+
+/// 101 is final here: what follows it is the upgraded connection's.
+fn is_final(status: u16) -> bool {
+    (200..1000).contains(&status) || status == 101
 }
 
 /// The exchange a frame speaks of, if it exists. A frame after the peer's own end is an error; a

@@ -255,3 +255,72 @@ fn a_closed_session_takes_nothing_in() {
     pair.opener.release(key);
     pair.assert_empty();
 }
+
+/// What an application does in a wrong order, or too large, ends its exchange and no other.
+#[test]
+fn an_applications_mistake_costs_one_exchange() {
+    let big = |status| ResponseHead {
+        status,
+        lines: big_lines(MAX_HEAD + 1),
+    };
+    type Mistake = fn(&mut Session, Key, ResponseHead);
+    let mistakes: [Mistake; 5] = [
+        |session, key, _| session.finish(key, None),
+        |session, key, _| {
+            session.send(key, zeros(10)).unwrap();
+            session.finish(key, None);
+        },
+        |session, key, _| session.answer(key, status(103)),
+        |session, key, _| session.answer(key, status(1000)),
+        |session, key, big| session.answer(key, big),
+    ];
+    for mistake in mistakes {
+        let mut pair = Pair::new();
+        let (ours, theirs) = pair.open(true);
+        mistake(&mut pair.acceptor, theirs, big(200));
+        pair.settle();
+        assert_eq!(
+            pair.opener.read_head(ours),
+            HeadRead::Reset(Reason::UpstreamError)
+        );
+        pair.opener.release(ours);
+        pair.acceptor.release(theirs);
+        pair.assert_empty();
+    }
+}
+
+#[test]
+fn what_comes_too_late_or_too_large_beside_an_answer_is_dropped() {
+    let mut pair = Pair::new();
+    let (ours, theirs) = pair.open(false);
+    for interim in [101, 200] {
+        pair.acceptor.interim(theirs, status(interim));
+    }
+    pair.acceptor.interim(
+        theirs,
+        ResponseHead {
+            status: 103,
+            lines: big_lines(10_000),
+        },
+    );
+    pair.acceptor.send(theirs, zeros(10)).unwrap();
+    pair.settle();
+    assert_eq!(pair.opener.read_head(ours), HeadRead::Pending);
+    pair.acceptor.interim(theirs, status(100));
+    pair.settle();
+    pair.acceptor.interim(theirs, status(103));
+    pair.acceptor.answer(theirs, status(200));
+    pair.settle();
+    pair.acceptor.answer(theirs, status(404));
+    pair.acceptor.interim(theirs, status(103));
+    pair.acceptor
+        .finish(theirs, Some(big_lines(MAX_HEAD + 100)));
+    pair.settle();
+    // One place for an interim answer: the newer one is there.
+    assert_eq!(pair.opener.read_head(ours), HeadRead::Interim(status(103)));
+    assert_eq!(pair.opener.read_head(ours), HeadRead::Answer(status(200)));
+    assert_eq!(read_all(&mut pair.opener, ours), (10, Read::End(None)));
+    pair.opener.release(ours);
+    pair.acceptor.release(theirs);
+    pair.assert_empty();
+}

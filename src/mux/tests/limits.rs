@@ -73,3 +73,59 @@ fn a_peer_that_resets_fast_gets_no_more_work_done() {
     }
     pair.assert_empty();
 }
+
+/// Larger than this the other end refuses a message: see `wire::MAX_MESSAGE`.
+const MAX_MESSAGE: usize = 256 * 1024;
+
+#[test]
+fn a_batch_fits_in_a_message_however_large_heads_and_trailers_are() {
+    let mut pair = Pair::new();
+    let lines = || big_lines(MAX_HEAD - 100);
+    let mut keys = Vec::new();
+    for _ in 0..8 {
+        let head = RequestHead {
+            lines: lines(),
+            ..get("/")
+        };
+        let key = pair.opener.open(head, true).unwrap();
+        pair.opener.send(key, zeros(15_000)).unwrap();
+        pair.opener.finish(key, Some(lines()));
+        keys.push(key);
+    }
+    let mut largest = 0;
+    while pair.opener.wants_transmit() {
+        let frames = pair.request();
+        largest = largest.max(frames.iter().map(Frame::cost).sum());
+    }
+    assert!(largest < MAX_MESSAGE * 9 / 10, "a batch of {largest} bytes");
+    let mut answered = 0;
+    while let Some((key, _)) = pair.acceptor.accept() {
+        let (bytes, end) = read_all(&mut pair.acceptor, key);
+        assert_eq!((bytes, end), (15_000, Read::End(Some(lines()))));
+        let interim = ResponseHead {
+            status: 103,
+            lines: big_lines(8000),
+        };
+        pair.acceptor.interim(key, interim);
+        let head = ResponseHead {
+            status: 200,
+            lines: lines(),
+        };
+        pair.acceptor.answer(key, head);
+        pair.acceptor.send(key, zeros(15_000)).unwrap();
+        pair.acceptor.finish(key, Some(lines()));
+        pair.acceptor.release(key);
+        answered += 1;
+    }
+    assert_eq!(answered, 8);
+    let mut largest = 0;
+    while pair.acceptor.wants_transmit() {
+        let frames = pair.answer();
+        largest = largest.max(frames.iter().map(Frame::cost).sum());
+    }
+    assert!(largest < MAX_MESSAGE * 9 / 10, "a batch of {largest} bytes");
+    for key in keys {
+        pair.opener.release(key);
+    }
+    pair.assert_empty();
+}
