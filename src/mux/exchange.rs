@@ -94,6 +94,8 @@ pub(super) struct Exchange {
 
     /// Promised out of the budget for this exchange, to be given back with it.
     pub(super) promised: usize,
+    /// Of that, for an interim answer.
+    pub(super) interim_promised: usize,
     /// Of the outbox, bytes beyond the reserved window, promised while they wait.
     pub(super) outbox_loan: usize,
 
@@ -130,6 +132,7 @@ impl Exchange {
             ending_in: None,
             refused: None,
             promised,
+            interim_promised: 0,
             outbox_loan: 0,
             readable: false,
             writable: false,

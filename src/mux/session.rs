@@ -308,11 +308,12 @@ impl Session {
         let waiting = exchange.outbox.len();
         // Beyond the reserved window, what waits is promised out of the budget while it waits.
         let own = RESERVED_WINDOW as usize;
-        let limit = if waiting < own || self.budget.has_room(OUTBOX_LIMIT) {
-            OUTBOX_LIMIT.min(exchange.send_window.available())
+        let limit = if self.budget.has_room(OUTBOX_LIMIT) {
+            OUTBOX_LIMIT
         } else {
-            own.min(exchange.send_window.available())
+            own
         };
+        let limit = limit.min(exchange.send_window.available());
         let capacity = limit.saturating_sub(waiting);
         exchange.wants_capacity = capacity == 0;
         Ok(capacity)
@@ -556,7 +557,14 @@ impl Session {
                 if exchange.head_seen {
                     return Err(ProtocolError::OutOfOrder);
                 }
-                if !exchange.discards() && head.size() <= MAX_INTERIM {
+                let missing = head.size().saturating_sub(exchange.interim_promised);
+                // Dropped where there is no room: nobody may rely upon it.
+                if !exchange.discards()
+                    && head.size() <= MAX_INTERIM
+                    && self.budget.reserve(missing)
+                {
+                    exchange.promised += missing;
+                    exchange.interim_promised += missing;
                     exchange.interim_in = Some(head);
                     self.note_readable(index);
                 }

@@ -129,3 +129,48 @@ fn a_batch_fits_in_a_message_however_large_heads_and_trailers_are() {
     }
     pair.assert_empty();
 }
+
+#[test]
+fn where_nothing_can_be_lent_a_source_is_not_asked_for_more_than_was_reserved() {
+    let limit = 3 * (2 * RESERVED_WINDOW as usize + 1000);
+    let mut pair = Pair::with(config(), budget(limit), budget(PLENTY));
+    let (ours, theirs) = pair.open(true);
+    // The reader's window grows: more could be sent than fits here.
+    while pair.acceptor.credit(theirs.id()).unwrap().to_receive < 200_000 {
+        let free = pair.opener.capacity(ours).unwrap();
+        assert!(free <= RESERVED_WINDOW as usize);
+        pair.opener.send(ours, zeros(free)).unwrap();
+        pair.settle();
+        assert!(read_all(&mut pair.acceptor, theirs).0 > 0);
+        pair.settle();
+    }
+    let more = pair.opener.open(get("/"), true).unwrap();
+    for key in [ours, more] {
+        pair.opener.release(key);
+    }
+    pair.acceptor.release(theirs);
+    pair.assert_empty();
+}
+
+#[test]
+fn interim_answers_are_paid_for() {
+    let limit = 2 * RESERVED_WINDOW as usize + 1000;
+    let mut pair = Pair::with(config(), budget(limit), budget(PLENTY));
+    let (ours, theirs) = pair.open(false);
+    let early = |size| ResponseHead {
+        status: 103,
+        lines: big_lines(size),
+    };
+    pair.acceptor.interim(theirs, early(5000));
+    pair.settle();
+    assert_eq!(pair.opener.read_head(ours), HeadRead::Pending);
+    for _ in 0..10 {
+        pair.acceptor.interim(theirs, early(500));
+        pair.settle();
+        assert!(matches!(pair.opener.read_head(ours), HeadRead::Interim(_)));
+    }
+    pair.opener.release(ours);
+    pair.settle();
+    pair.acceptor.release(theirs);
+    pair.assert_empty();
+}
