@@ -7,7 +7,10 @@ use bytes::Bytes;
 use super::*;
 use crate::head::{Lines, LinesBuilder, RequestHead, ResponseHead};
 
+mod ending;
 mod exchanges;
+mod fairness;
+mod heartbeat;
 mod limits;
 
 /// Room enough for everything.

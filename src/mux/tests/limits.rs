@@ -174,3 +174,138 @@ fn interim_answers_are_paid_for() {
     pair.acceptor.release(theirs);
     pair.assert_empty();
 }
+
+#[test]
+fn a_spent_budget_refuses_exchanges_and_takes_them_again() {
+    let limit = 10 * (2 * RESERVED_WINDOW as usize + 1000);
+    // Here at the opener, there at the acceptor, who has to tell it by a reset.
+    for here in [true, false] {
+        let (opener, acceptor) = if here {
+            (limit, PLENTY)
+        } else {
+            (PLENTY, limit)
+        };
+        let mut pair = Pair::with(config(), budget(opener), budget(acceptor));
+        let mut keys = Vec::new();
+        let mut refused = 0;
+        for _ in 0..30 {
+            match pair.opener.open(get("/"), true) {
+                Ok(key) => keys.push(key),
+                Err(error) => {
+                    assert_eq!(error, OpenError::Overloaded);
+                    refused += 1;
+                }
+            }
+        }
+        pair.settle();
+        keys.retain(|key| match pair.opener.read_head(*key) {
+            HeadRead::Pending => true,
+            other => {
+                assert_eq!(other, HeadRead::Reset(Reason::Overloaded));
+                pair.opener.release(*key);
+                refused += 1;
+                false
+            }
+        });
+        assert_eq!(refused, 20);
+        assert!(pair.opener.promised_bytes() <= opener);
+        assert!(pair.acceptor.promised_bytes() <= acceptor);
+        // One ends, another has its place.
+        let freed = keys.pop().unwrap();
+        pair.opener.release(freed);
+        pair.settle();
+        while let Some((key, _)) = pair.acceptor.accept() {
+            if key.id() == freed.id() {
+                pair.acceptor.release(key);
+            }
+        }
+        let again = pair.opener.open(get("/"), true).unwrap();
+        pair.settle();
+        assert_eq!(pair.opener.read_head(again), HeadRead::Pending);
+    }
+}
+
+/// Readers that stop reading with as large a window as they can get leave the others enough to
+/// open, to be answered, and to make progress.
+#[test]
+fn stalled_readers_do_not_starve_the_others() {
+    const LIMIT: usize = 8 << 20;
+    let mut pair = Pair::with(config(), budget(LIMIT), budget(LIMIT));
+    let mut stalled = Vec::new();
+    for _ in 0..64 {
+        let (ours, theirs) = pair.open(true);
+        pair.acceptor.answer(theirs, status(200));
+        // It reads well for a while, so that its window grows, in both directions.
+        for _ in 0..40 {
+            for (session, key) in [(&mut pair.opener, ours), (&mut pair.acceptor, theirs)] {
+                while let Ok(free @ 1..) = session.capacity(key) {
+                    session.send(key, zeros(free.min(30_000))).unwrap();
+                }
+            }
+            pair.settle();
+            read_all(&mut pair.opener, ours);
+            read_all(&mut pair.acceptor, theirs);
+        }
+        // Then it stops, with all that fits on its way.
+        for _ in 0..100 {
+            for (session, key) in [(&mut pair.opener, ours), (&mut pair.acceptor, theirs)] {
+                while let Ok(free @ 1..) = session.capacity(key) {
+                    session.send(key, zeros(free.min(30_000))).unwrap();
+                }
+            }
+            pair.settle();
+        }
+        stalled.push((ours, theirs));
+        assert!(pair.opener.promised_bytes() <= LIMIT);
+        assert!(pair.acceptor.promised_bytes() <= LIMIT);
+    }
+    let mut bytes = 0;
+    for _ in 0..20 {
+        let (ours, theirs) = pair.open(false);
+        pair.acceptor.answer(theirs, status(200));
+        let mut left = 300_000;
+        while left > 0 {
+            let free = pair.acceptor.capacity(theirs).unwrap().min(left);
+            assert!(free > 0, "a reader that reads makes progress");
+            pair.acceptor.send(theirs, zeros(free)).unwrap();
+            left -= free;
+            pair.settle();
+            bytes += read_all(&mut pair.opener, ours).0;
+            pair.settle();
+        }
+        pair.acceptor.finish(theirs, None);
+        pair.acceptor.release(theirs);
+        pair.settle();
+        assert_eq!(pair.opener.read(ours), Read::End(None));
+        pair.opener.release(ours);
+    }
+    assert_eq!(bytes, 20 * 300_000);
+    for (ours, theirs) in stalled {
+        pair.opener.release(ours);
+        pair.acceptor.release(theirs);
+    }
+    pair.assert_empty();
+}
+
+#[test]
+fn windows_grow_to_their_limit_and_not_beyond() {
+    let mut pair = Pair::new();
+    let (ours, theirs) = pair.open(true);
+    pair.acceptor.answer(theirs, status(200));
+    let mut largest = 0;
+    for _ in 0..200 {
+        while let Ok(free @ 1..) = pair.acceptor.capacity(theirs) {
+            pair.acceptor.send(theirs, zeros(free)).unwrap();
+        }
+        pair.settle();
+        read_all(&mut pair.opener, ours);
+        pair.settle();
+        let credit = pair.acceptor.credit(theirs.id()).unwrap();
+        largest = largest.max(credit.to_send);
+        pair.opener.assert_consistent();
+    }
+    assert!(largest > MAX_WINDOW as usize / 2 && largest <= MAX_WINDOW as usize);
+    pair.opener.release(ours);
+    pair.acceptor.release(theirs);
+    pair.assert_empty();
+}
