@@ -322,7 +322,7 @@ pub fn to_header_map(lines: &Lines, direction: Direction) -> Result<HeaderMap, I
     let mut map =
         HeaderMap::try_with_capacity(lines.iter().count()).map_err(|_| InvalidLines::TooMany)?;
     for (name, value) in lines.iter() {
-        let name = HeaderName::from_bytes(name).map_err(|_| InvalidLines::Name)?;
+        let name = to_name(name)?;
         let repeated = match kind(name.as_str()) {
             Kind::Connection | Kind::TransferEncoding | Kind::OtherHop => continue,
             Kind::Te => {
@@ -360,7 +360,7 @@ pub fn to_trailer_map(lines: &Lines) -> Result<HeaderMap, InvalidLines> {
     let mut map =
         HeaderMap::try_with_capacity(lines.iter().count()).map_err(|_| InvalidLines::TooMany)?;
     for (name, value) in lines.iter() {
-        let name = HeaderName::from_bytes(name).map_err(|_| InvalidLines::Name)?;
+        let name = to_name(name)?;
         if may_trail(name.as_str()) {
             map.try_append(name, to_value(lines, value)?)
                 .map_err(|_| InvalidLines::TooMany)?;
@@ -536,24 +536,33 @@ fn forwarded(name: &str, pattern: &str, exact: Kind) -> Kind {
 fn survey(headers: &HeaderMap) -> (usize, HeaderMap<()>) {
     let mut size = 0;
     let mut named = HeaderMap::default();
+    let mut looks = MAX_OPTIONS;
     for (name, value) in headers {
         size += 4 + name.as_str().len() + value.len();
         if *name == CONNECTION {
-            collect_named(headers, value.as_bytes(), &mut named);
+            collect_named(headers, value.as_bytes(), &mut looks, &mut named);
         }
     }
     (size, named)
 }
 
-/// Adds the plain lines of `headers` that a Connection value names to `named`.
-///
-/// A hashed set of lines that exist: however many options a visitor lists, each costs one look.
-fn collect_named(headers: &HeaderMap, connection: &[u8], named: &mut HeaderMap<()>) {
+/// Adds the plain lines of `headers` that a Connection value names to `named`, at the cost of one
+/// of the `looks` left for each option that might be one.
+fn collect_named(
+    headers: &HeaderMap,
+    connection: &[u8],
+    looks: &mut usize,
+    named: &mut HeaderMap<()>,
+) {
     for option in connection.split(|byte| *byte == b',').map(trim) {
         let usual = [&b"keep-alive"[..], b"close", b"upgrade", b"te"];
         if option.is_empty() || usual.iter().any(|word| option.eq_ignore_ascii_case(word)) {
             continue;
         }
+        let Some(left) = looks.checked_sub(1) else {
+            return;
+        };
+        *looks = left;
         if let Ok(name) = HeaderName::from_bytes(option)
             && kind(name.as_str()) == Kind::Plain
             && headers.contains_key(&name)
@@ -563,6 +572,11 @@ fn collect_named(headers: &HeaderMap, connection: &[u8], named: &mut HeaderMap<(
         }
     }
 }
+
+/// How many options of Connection are looked up among the lines. No honest head has as many; a
+/// hostile one of 64 KiB could have 32,000, milliseconds of work. The lines that later ones name
+/// are passed on.
+const MAX_OPTIONS: usize = 100;
 
 /// Whether a field may come after the body.
 ///
@@ -635,8 +649,9 @@ fn absolute_authority(target: &[u8]) -> Option<&[u8]> {
 
 /// Whether `bytes` is `uri-host [":" port]` with a host that isn't empty (RFC 9110, section 7.2).
 ///
-/// Stricter than RFC 3986 in two points: no comma, which would make a joined pair of Host lines
-/// look like one, and no literal of a future IP version, of which there is none.
+/// Stricter than RFC 3986 in three points: no comma, which would make a joined pair of Host lines
+/// look like one; no percent-encoding, which one engine decodes and the next doesn't (names in
+/// other scripts are sent as Punycode); no literal of a future IP version, of which there is none.
 fn is_authority(bytes: &[u8]) -> bool {
     if let Some(literal) = bytes.strip_prefix(b"[") {
         let Some(end) = literal.iter().position(|byte| *byte == b']') else {
@@ -647,23 +662,11 @@ fn is_authority(bytes: &[u8]) -> bool {
             std::str::from_utf8(address).is_ok_and(|address| address.parse::<Ipv6Addr>().is_ok());
         return is_address && (rest.is_empty() || rest.strip_prefix(b":").is_some_and(is_port));
     }
-    let mut index = 0;
-    while let Some(byte) = bytes.get(index) {
-        match byte {
-            b'%' => {
-                let hex = bytes.get(index + 1..index + 3).unwrap_or_default();
-                if hex.len() != 2 || !hex.iter().all(u8::is_ascii_hexdigit) {
-                    return false;
-                }
-                index += 2;
-            }
-            b':' => return index > 0 && is_port(&bytes[index + 1..]),
-            byte if !IN_A_NAME[usize::from(*byte)] => return false,
-            _ => {}
-        }
-        index += 1;
+    let name_end = bytes.iter().position(|byte| !IN_A_NAME[usize::from(*byte)]);
+    match name_end {
+        None => !bytes.is_empty(),
+        Some(end) => end > 0 && bytes[end] == b':' && is_port(&bytes[end + 1..]),
     }
-    !bytes.is_empty()
 }
 
 /// The bytes of a registered name (RFC 3986, section 3.2.2): unreserved ones and sub-delimiters,
@@ -728,6 +731,21 @@ fn trim(bytes: &[u8]) -> &[u8] {
         bytes = rest;
     }
     bytes
+}
+
+/// A name in lower case; those that each request gets here cost no allocation.
+fn to_name(name: &[u8]) -> Result<HeaderName, InvalidLines> {
+    const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+    const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+    const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+    const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+    match name {
+        b"x-forwarded-for" => Ok(FORWARDED_FOR),
+        b"x-forwarded-host" => Ok(FORWARDED_HOST),
+        b"x-forwarded-proto" => Ok(FORWARDED_PROTO),
+        b"x-request-id" => Ok(REQUEST_ID),
+        _ => HeaderName::from_bytes(name).map_err(|_| InvalidLines::Name),
+    }
 }
 
 /// A value that shares the memory of the lines it stands in.
@@ -864,7 +882,6 @@ mod tests {
             "[2001:db8::1]:8080",
             "[::ffff:1.2.3.4]",
             "xn--bcher-kva.example",
-            "b%C3%BCcher.example",
             "a!$&'()*+;=b",
         ] {
             assert_eq!(check_host(good), Ok(()), "{good:?}");
@@ -898,7 +915,8 @@ mod tests {
             "a]",
             "%",
             "a%4",
-            "a%4g",
+            "%00",
+            "b%C3%BCcher.example",
             "b\u{fc}cher",
             "<a>",
             "a\"",
@@ -1134,6 +1152,15 @@ mod tests {
         assert_eq!(forwarded_plain(&hops), pairs(&[("x-end", "4")]));
         let response = forward_response(&map(&hops)).unwrap();
         assert_eq!(texts(&response), pairs(&[("x-end", "4")]));
+    }
+
+    #[test]
+    fn connection_options_are_looked_up_within_bounds() {
+        let after = |options| format!("{}x-hop", "x-absent, close,".repeat(options));
+        for (options, dropped) in [(MAX_OPTIONS - 1, true), (MAX_OPTIONS, false)] {
+            let sent = [("connection", &*after(options)), ("x-hop", "1")];
+            assert_eq!(forwarded_plain(&sent).is_empty(), dropped, "{options}");
+        }
     }
 
     #[test]

@@ -1,4 +1,79 @@
 //! silo-proxy: a reverse tunnel that gives every agent behind NAT an HTTP port of its own.
+//!
+//! A server runs on a reachable host. Agents, each next to a private HTTP service, dial out to it
+//! and hold one gRPC stream each. Each connected agent owns one TCP port of the server; whatever
+//! HTTP arrives there goes through the stream to the agent, which calls its service, and streams
+//! back.
+//!
+//! ```text
+//!                       the server's host                 ║ NAT ║        the agent's host
+//!                                                         ║     ║
+//!  visitor ── HTTP/1 ─► :8100 ─┐                          ║     ║
+//!  visitor ── HTTP/1 ─► :8100 ─┼► exchanges ═ one stream ═╬═════╬═► agent ─ HTTP/1 ─► service
+//!  visitor ── HTTP/1 ─► :8101 ─┘            (gRPC, :9090) ║     ║
+//!  poller  ── HTTP/1 ─► :8080 (who is connected, where)   ║     ║
+//! ```
+//!
+//! # The house
+//! Dependencies point down only; `tests/layering.rs` keeps them so.
+//!
+//! | Level | Rooms |
+//! | --- | --- |
+//! | 5 shell | [`cli`]: one file a subcommand |
+//! | 4 roles | [`server`] (registry, workers, ingress, admin), [`agent`] (reconnect, forward) |
+//! | 3 link | [`link`]: a session behind a short lock, and the tasks that wait for it |
+//! | 2 edges | [`config`], [`wire`] (Protocol Buffers), [`net`] (sockets, the acceptor), [`metrics`], [`telemetry`] |
+//! | 1 cores, no I/O, no clock | [`mux`] (the protocol), [`ports`] (who has which port), [`auth`] |
+//! | 0 words | [`id`], [`head`], [`headers`], [`backoff`] |
+//!
+//! # The way of one request
+//! 1. The accept task takes the visitor's connection from a listening socket, finds the port's
+//!    tenancy in a concurrent map, and hands the socket to the worker on which that agent's tunnel
+//!    lives. From here to the last byte everything happens on that worker's thread.
+//! 2. hyper parses the head. `server::ingress` refuses what is ambiguous ([`headers::check_request`]),
+//!    drops what belongs to one connection only, adds where the request came from
+//!    ([`headers::forward_request`]) and opens an exchange ([`link::Link::open`]).
+//! 3. The exchange takes a slot in the session's slab; slab key and generation name it on the wire.
+//!    Its head waits for its turn in the session ([`mux::Session`]).
+//! 4. The stream's sender is woken. It takes whatever is ready, from all exchanges, as one batch
+//!    ([`mux::Session::transmit`]); [`wire`] makes a gRPC message of it; hyper and h2 send it.
+//! 5. The agent's end does the same in reverse: its receiver finds the exchange, wakes the task of
+//!    a service connection that is idle (or a new one), and that sends the request to the service.
+//! 6. The answer comes back the same way: a small one as a single frame with head, body and end.
+//!
+//! A body streams: each piece is passed on as it comes, and is read from its source only while the
+//! other side has granted credit for it. So a visitor who stops reading stops his own service, and
+//! nobody else's.
+//!
+//! # The life of a port
+//! ```text
+//!             request            bound             agent lost
+//!   free ──────────────► opening ─────► serving ──────────────► leased
+//!    ▲                     │               ▲   the agent is back  │ │
+//!    │                     │ bind failed   └──────────────────────┘ │
+//!    │ tried again         ▼                                        │
+//!    ├──────────────── foreign                                      │
+//!    └──────────────────────────────────────────────────────────────┘ lease over (at once by default)
+//! ```
+//! [`ports::Allocator`] decides, the accept task binds and closes, and reports back.
+//!
+//! # The life of a tunnel
+//! ```text
+//!   agent                                    server
+//!     │ TCP, HTTP/2, Connect ─────────────────► │ within grpc.handshake_timeout:
+//!     │ Hello (id, credential, last port) ────► │ check version, id, credential; join
+//!     │ ◄───────────── Welcome (port, limits)   │ or Rejection (why, retry after)
+//!     │ ◄════════ frames, both ways ══════════► │ a heartbeat every 10 s, dead after 30 s
+//!     │ ◄──────────────────────────── Drain ──► │ no new exchanges, those under way go on
+//!     ▼ reconnects with backoff                 ▼ exchanges end with 502, the port is released
+//! ```
+//! A newer session of the same agent replaces the older one; who cleans up after a session shows
+//! its generation, so the older one can't touch the newer one's port.
+//!
+//! # Where time goes by
+//! The cores get the time as an argument. A tunnel has one timer, for heartbeats. Visitors'
+//! connections have none: each notes what it waits for, and a worker's sweep looks at all of them
+//! twice a second.
 
 pub mod agent;
 pub mod auth;

@@ -1,1 +1,172 @@
 //! The command line, one file a subcommand.
+
+pub mod agents;
+mod agent;
+mod demo;
+mod server;
+pub mod services;
+mod swarm;
+
+use std::fmt::Display;
+use std::future::Future;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{info, warn};
+
+use crate::config::{ConfigError, LogConfig, Sources};
+
+/// A reverse tunnel: every agent behind NAT gets an HTTP port of its own.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    propagate_version = true,
+    after_help = "Examples:
+  silo-proxy demo                                   # server, agents and services in one process
+  silo-proxy server                                 # on the reachable host
+  silo-proxy agent http 3000 --server HOST:9090 --id my-service
+  silo-proxy agents                                 # who is connected, and where
+
+Exit codes: 0 success, 1 failure, 2 usage or configuration."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Server(server::ServerArgs),
+    Agent(agent::AgentArgs),
+    Demo(demo::DemoArgs),
+    Agents(agents::AgentsArgs),
+    Swarm(swarm::SwarmArgs),
+}
+
+/// Runs the command that the process was started with.
+pub fn run() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Server(args) => server::run(args),
+        Command::Agent(args) => agent::run(args),
+        Command::Demo(args) => demo::run(args),
+        Command::Agents(args) => block_on(agents::run(&args, variable)).and_then(|outcome| {
+            outcome.map_err(Failure::failed)
+        }),
+        Command::Swarm(args) => swarm::run(args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            // With nobody to read it, the exit code has to do.
+            let _ = writeln!(std::io::stderr(), "silo-proxy: {}", failure.message);
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+/// Why a command ended without success: what to say, and the exit code.
+#[derive(Debug)]
+struct Failure {
+    message: String,
+    code: u8,
+}
+
+impl Failure {
+    fn failed(error: impl Display) -> Self {
+        Self {
+            message: error.to_string(),
+            code: 1,
+        }
+    }
+
+    fn usage(error: impl Display) -> Self {
+        Self {
+            message: error.to_string(),
+            code: 2,
+        }
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::usage(format_args!("the configuration has faults\n{error}"))
+    }
+}
+
+type Outcome = Result<(), Failure>;
+
+/// Where settings come from: the file if one is named, and the environment.
+fn sources(file: Option<&Path>) -> Sources {
+    let sources = Sources::process();
+    match file {
+        Some(file) => sources.file(file),
+        None => sources,
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one place where the command line reads it")]
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+fn start_log(config: &LogConfig) -> Outcome {
+    crate::telemetry::init(&config.level).map_err(Failure::failed)
+}
+
+/// Runs a future on this thread.
+fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Failure::failed)?;
+    Ok(runtime.block_on(future))
+}
+
+/// Ends with the first SIGTERM or SIGINT. A second one ends the process at once.
+async fn told_to_stop() -> Result<(), Failure> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::failed)?;
+    let name = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    info!(signal = name, "stopping");
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        warn!("told to stop a second time: ending at once");
+        std::process::exit(1);
+    });
+    Ok(())
+}
+
+/// Writes a line for whoever started the command; not for the log.
+fn say(line: impl Display) {
+    // With nobody to read it there is nothing to do about it.
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// Raises the limit of open files, and says what it is when that may be too little.
+fn raise_descriptor_limit() {
+    match crate::net::raise_descriptor_limit() {
+        Ok(limit) => {
+            if let Some(now) = limit.now {
+                tracing::debug!(limit = now, "open files");
+            }
+        }
+        Err(error) => warn!(%error, "the limit of open files could not be raised"),
+    }
+}
+
+/// The file that a command reads its settings from.
+#[derive(Debug, clap::Args)]
+struct ConfigArg {
+    /// YAML file with the settings; SILO_* variables go before it
+    #[arg(long, short, value_name = "FILE")]
+    config: Option<PathBuf>,
+}

@@ -5,7 +5,10 @@ use std::time::Duration;
 use crate::id::{AgentId, Secret};
 
 use super::LogConfig;
-use super::value::{HostHeader, HostPort, PemFile, ServiceUrl};
+use super::fault::ConfigError;
+use super::sources::{Reader, Sources, secret};
+use super::table::Role;
+use super::value::{self, HostHeader, HostPort, InvalidValue, PemFile, Scheme, ServiceUrl};
 
 /// Everything an agent is told; the fields mirror the sections of the file.
 #[derive(Debug, Clone)]
@@ -71,4 +74,82 @@ pub struct LocalTls {
 pub struct AgentProcess {
     /// `agent.grace`: how long running exchanges may go on after the signal to stop.
     pub grace: Duration,
+}
+
+impl AgentConfig {
+    /// The defaults for an agent that claims `agent_id` at `server_address` and forwards to
+    /// `service_url`.
+    pub fn new(server_address: HostPort, agent_id: AgentId, service_url: ServiceUrl) -> Self {
+        let mut config = Self::read(&mut Reader::new(Role::Agent, &Sources::none()));
+        config.grpc.server_address = server_address;
+        config.grpc.agent_id = agent_id;
+        config.local.service_url = service_url;
+        config
+    }
+
+    /// Reads the settings of an agent from `sources`, or says everything that is wrong with them.
+    pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
+        let mut reader = Reader::new(Role::Agent, sources);
+        let config = Self::read(&mut reader);
+        config.local.check(&mut reader);
+        reader.finish(config)
+    }
+
+    fn read(from: &mut Reader) -> Self {
+        Self {
+            log: LogConfig::read(from),
+            grpc: DialConfig {
+                server_address: from.value("grpc.server_address", str::parse),
+                agent_id: from.value("grpc.agent_id", |text| {
+                    text.parse::<AgentId>()
+                        .map_err(|error| InvalidValue::new(error.to_string()))
+                }),
+                token: from.optional("grpc.token", secret),
+                heartbeat_timeout: from.time("grpc.heartbeat_timeout"),
+            },
+            local: LocalConfig {
+                service_url: from.value("local.service_url", str::parse),
+                host_header: from.value("local.host_header", str::parse),
+                response_timeout: from.time("local.response_timeout"),
+                connect_timeout: from.time("local.connect_timeout"),
+                idle_timeout: from.time("local.idle_timeout"),
+                max_connections: from.count("local.max_connections"),
+                tls: LocalTls {
+                    ca_file: from.certificates("local.tls.ca_file"),
+                    server_name: from.optional("local.tls.server_name", value::host),
+                    insecure: from.value("local.tls.insecure", value::flag),
+                },
+            },
+            agent: AgentProcess {
+                grace: from.time("agent.grace"),
+            },
+        }
+    }
+}
+
+impl LocalConfig {
+    fn check(&self, faults: &mut Reader) {
+        const URL: &str = "local.service_url";
+        const INSECURE: &str = "local.tls.insecure";
+        let told = [
+            ("local.tls.ca_file", self.tls.ca_file.is_some()),
+            ("local.tls.server_name", self.tls.server_name.is_some()),
+            (INSECURE, self.tls.insecure),
+        ];
+        for (path, told) in told {
+            if told && self.service_url.scheme == Scheme::Http {
+                let text = format!(
+                    "{path} is set, but {URL} is {}, which is no https",
+                    self.service_url
+                );
+                faults.contradiction(&[path, URL], text);
+            }
+        }
+        if self.tls.insecure && self.tls.ca_file.is_some() {
+            let text = format!(
+                "{INSECURE} takes any certificate, so local.tls.ca_file has no effect: keep one"
+            );
+            faults.contradiction(&[INSECURE, "local.tls.ca_file"], text);
+        }
+    }
 }

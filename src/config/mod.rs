@@ -12,18 +12,38 @@
 //! The parser, the names in the environment and the tables in the README all come from it.
 
 mod agent;
+mod fault;
 mod server;
+mod sources;
+mod table;
 mod value;
+mod yaml;
 
 pub use agent::{AgentConfig, AgentProcess, DialConfig, LocalConfig, LocalTls};
+pub use fault::{ConfigError, Fault, FaultKind, Place};
 pub use server::{HttpConfig, ProcessConfig, ServerConfig, TunnelConfig};
-pub use value::{Cidr, HostHeader, HostPort, PemFile, Scheme, ServiceUrl};
+pub use sources::Sources;
+pub use table::{Kind, Preset, Role, Setting, environment_name, example, markdown, table};
+pub use value::{Cidr, HostHeader, HostPort, InvalidValue, PemFile, Scheme, ServiceUrl};
 
 use crate::telemetry::Filter;
+
+use sources::Reader;
 
 /// Section `log`, the same on both sides.
 #[derive(Debug, Clone, Default)]
 pub struct LogConfig {
     /// `log.level`: what is logged.
     pub level: Filter,
+}
+
+impl LogConfig {
+    fn read(from: &mut Reader) -> Self {
+        Self {
+            level: from.value("log.level", |text| {
+                text.parse::<Filter>()
+                    .map_err(|error| InvalidValue::new(error.to_string()))
+            }),
+        }
+    }
 }

@@ -9,7 +9,10 @@ use crate::auth::Policy;
 use crate::id::{AgentId, Secret};
 
 use super::LogConfig;
-use super::value::Cidr;
+use super::fault::ConfigError;
+use super::sources::{Reader, Sources, secret};
+use super::table::Role;
+use super::value::{self, Cidr, InvalidValue};
 
 /// Everything a server is told; the fields mirror the sections of the file.
 #[derive(Debug, Clone)]
@@ -107,4 +110,183 @@ pub struct ProcessConfig {
     /// `server.max_buffered_per_agent`: the same for one agent's tunnel; not more than
     /// `max_buffered`.
     pub max_buffered_per_agent: usize,
+}
+
+impl ServerConfig {
+    /// Reads the settings of a server from `sources`, or says everything that is wrong with them.
+    pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
+        let mut reader = Reader::new(Role::Server, sources);
+        let mut config = Self::read(&mut reader);
+        config.reconcile(&mut reader);
+        reader.finish(config)
+    }
+
+    fn read(from: &mut Reader) -> Self {
+        let start = from.count("http.agent_port_range.start");
+        let end = from.count("http.agent_port_range.end");
+        Self {
+            log: LogConfig::read(from),
+            http: HttpConfig {
+                host: from.value("http.host", value::address),
+                port: from.count("http.port"),
+                admin_api_key: from.optional("http.admin_api_key", api_key),
+                agent_host: from.value("http.agent_host", value::address),
+                public_host: from.optional("http.public_host", value::host),
+                agent_port_range: start..=end,
+                static_ports: from.pairs("http.static_ports", port),
+                port_lease: from.time("http.port_lease"),
+                trusted_proxies: from.networks("http.trusted_proxies"),
+                max_exchanges_per_agent: from.count("http.max_exchanges_per_agent"),
+                max_connections: from.count("http.max_connections"),
+                max_connections_per_agent: from.count("http.max_connections_per_agent"),
+                max_connections_per_address: from.limit("http.max_connections_per_address"),
+                max_request_line: from.count("http.max_request_line"),
+                max_head: from.count("http.max_head"),
+                max_header_lines: from.count("http.max_header_lines"),
+                head_timeout: from.time("http.head_timeout"),
+                body_timeout: from.time("http.body_timeout"),
+                idle_timeout: from.time("http.idle_timeout"),
+                send_timeout: from.time("http.send_timeout"),
+                max_body: from.limit("http.max_body"),
+            },
+            grpc: TunnelConfig {
+                host: from.value("grpc.host", value::address),
+                port: from.count("grpc.port"),
+                auth: Policy {
+                    shared: from.optional("grpc.auth.shared_token", secret),
+                    tokens: from.pairs("grpc.auth.tokens", secret),
+                },
+                handshake_timeout: from.time("grpc.handshake_timeout"),
+                max_handshakes: from.count("grpc.max_handshakes"),
+                heartbeat_interval: from.time("grpc.heartbeat_interval"),
+                heartbeat_timeout: from.time("grpc.heartbeat_timeout"),
+            },
+            server: ProcessConfig {
+                workers: Some(from.count("server.workers")).filter(|workers| *workers > 0),
+                grace: from.time("server.grace"),
+                max_buffered: from.count("server.max_buffered"),
+                max_buffered_per_agent: from.count("server.max_buffered_per_agent"),
+            },
+        }
+    }
+
+    /// Reports what can't be meant together. A default that a smaller limit contradicts gives way.
+    fn reconcile(&mut self, faults: &mut Reader) {
+        self.check_ports(faults);
+        let Self {
+            http, grpc, server, ..
+        } = self;
+
+        if !http.host.to_canonical().is_loopback() && http.admin_api_key.is_none() {
+            let text = format!(
+                "http.host is {}, so others can reach the admin port: set http.admin_api_key, or \
+                 set http.host to 127.0.0.1",
+                http.host
+            );
+            faults.contradiction(&["http.host", "http.admin_api_key"], text);
+        }
+        if grpc.heartbeat_timeout <= grpc.heartbeat_interval {
+            let text = format!(
+                "grpc.heartbeat_timeout ({}) must be longer than grpc.heartbeat_interval ({}), \
+                 or silence between two heartbeats ends every tunnel",
+                value::show_time(grpc.heartbeat_timeout),
+                value::show_time(grpc.heartbeat_interval),
+            );
+            let paths = ["grpc.heartbeat_timeout", "grpc.heartbeat_interval"];
+            faults.contradiction(&paths, text);
+        }
+        at_most(
+            faults,
+            ("http.max_request_line", &mut http.max_request_line),
+            ("http.max_head", http.max_head),
+        );
+        at_most(
+            faults,
+            (
+                "server.max_buffered_per_agent",
+                &mut server.max_buffered_per_agent,
+            ),
+            ("server.max_buffered", server.max_buffered),
+        );
+    }
+
+    fn check_ports(&self, faults: &mut Reader) {
+        const START: &str = "http.agent_port_range.start";
+        const END: &str = "http.agent_port_range.end";
+        let Self { http, grpc, .. } = self;
+        let range = &http.agent_port_range;
+        let (start, end) = (range.start(), range.end());
+        if range.is_empty() {
+            let text = format!("{START} ({start}) is greater than {END} ({end}): no port is left");
+            faults.contradiction(&[START, END], text);
+        }
+        let ours = [("http.port", http.port), ("grpc.port", grpc.port)];
+        for (path, port) in ours {
+            if range.contains(&port) {
+                let text =
+                    format!("{path} ({port}) lies within http.agent_port_range ({start} to {end})");
+                faults.contradiction(&[path, START, END], text);
+            }
+        }
+        if http.port == grpc.port && http.port != 0 {
+            let text = format!("http.port and grpc.port are both {}", http.port);
+            faults.contradiction(&["http.port", "grpc.port"], text);
+        }
+        let mut owners: BTreeMap<u16, &AgentId> = BTreeMap::new();
+        for (id, port) in &http.static_ports {
+            if let Some(owner) = owners.insert(*port, id) {
+                let text = format!("http.static_ports gives {port} to both {owner} and {id}");
+                faults.contradiction(&["http.static_ports"], text);
+            }
+            for (path, taken) in ours {
+                if *port == taken {
+                    let text = format!("http.static_ports gives {port} to {id}, but it is {path}");
+                    faults.contradiction(&["http.static_ports", path], text);
+                }
+            }
+        }
+    }
+}
+
+impl Default for ServerConfig {
+    /// The settings of a server whom nobody told anything.
+    fn default() -> Self {
+        Self::read(&mut Reader::new(Role::Server, &Sources::none()))
+    }
+}
+
+/// Holds `part` to `whole`: a part that somebody set greater is a contradiction, a default isn't.
+fn at_most(
+    faults: &mut Reader,
+    (part, value): (&'static str, &mut usize),
+    (whole, limit): (&'static str, usize),
+) {
+    if *value > limit && faults.is_set(part) {
+        let (value, limit) = (*value as u64, limit as u64);
+        let text = format!(
+            "{part} ({}) is greater than {whole} ({})",
+            value::show_size(value),
+            value::show_size(limit)
+        );
+        faults.contradiction(&[part, whole], text);
+    }
+    *value = limit.min(*value);
+}
+
+fn port(text: &str) -> Result<u16, InvalidValue> {
+    value::decimal(text)
+        .and_then(|port| u16::try_from(port).ok())
+        .filter(|port| *port > 0)
+        .ok_or_else(|| InvalidValue::new("expected a port of 1 to 65535"))
+}
+
+/// A secret that fits into a header line: visible ASCII, no blanks (RFC 6750, section 2.1).
+fn api_key(text: &str) -> Result<Secret, InvalidValue> {
+    if text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        secret(text)
+    } else {
+        Err(InvalidValue::new(
+            "expected visible ASCII without blanks, because it travels in a header line",
+        ))
+    }
 }

@@ -84,11 +84,15 @@ impl Budget {
             return false;
         }
         if used > self.taken {
-            let missing = (used - self.taken).next_multiple_of(BLOCK);
-            if !self.pool.take(missing) {
+            let missing = used - self.taken;
+            // When the pool has no whole block left, what it has still counts.
+            let taken = [missing.next_multiple_of(BLOCK), missing]
+                .into_iter()
+                .find(|bytes| self.pool.take(*bytes));
+            let Some(taken) = taken else {
                 return false;
-            }
-            self.taken += missing;
+            };
+            self.taken += taken;
         }
         self.used = used;
         true
@@ -159,6 +163,22 @@ mod tests {
         drop(one);
         assert_eq!(pool.used(), 0);
     }
+
+    #[test]
+    fn a_pool_is_used_to_its_last_byte() {
+        let pool = Pool::new(BLOCK + 10);
+        let mut one = Budget::new(pool.clone(), PLENTY);
+        let mut two = Budget::new(pool.clone(), PLENTY);
+        assert!(one.reserve(1));
+        assert!(two.reserve(10));
+        assert!(!two.reserve(1));
+        assert!(one.reserve(BLOCK - 1));
+        one.give_back(BLOCK);
+        two.give_back(10);
+        assert_eq!(pool.used(), 0);
+    }
+
+    const PLENTY: usize = 1 << 40;
 
     #[test]
     fn loans_never_take_the_last_of_it() {

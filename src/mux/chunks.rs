@@ -1,8 +1,13 @@
 use std::collections::VecDeque;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+
+/// Slices up to this size are joined while they wait: a slice costs memory of its own, and a peer
+/// that sends single bytes must not make us hold a hundred times of what it sent.
+const JOINED: usize = 512;
 
 /// A queue of byte slices that allocates nothing for the first one: most bodies are one slice.
+/// Any two neighbours after that are longer than [`JOINED`] together.
 #[derive(Debug, Default)]
 pub(super) struct Chunks {
     first: Bytes,
@@ -26,9 +31,18 @@ impl Chunks {
         self.bytes += chunk.len();
         if self.first.is_empty() {
             self.first = chunk;
-        } else {
-            self.rest.push_back(chunk);
+            return;
         }
+        if let Some(last) = self.rest.back_mut()
+            && last.len() + chunk.len() <= JOINED
+        {
+            let mut joined = BytesMut::with_capacity(last.len() + chunk.len());
+            joined.extend_from_slice(last);
+            joined.extend_from_slice(&chunk);
+            *last = joined.freeze();
+            return;
+        }
+        self.rest.push_back(chunk);
     }
 
     /// Takes the first slice, cut to `limit` bytes. Empty when there is none.
@@ -43,6 +57,12 @@ impl Chunks {
         chunk
     }
 
+    /// How many slices there are.
+    #[cfg(test)]
+    pub(super) fn slices(&self) -> usize {
+        self.rest.len() + usize::from(!self.first.is_empty())
+    }
+
     /// Forgets everything and says how many bytes that were.
     pub(super) fn clear(&mut self) -> usize {
         std::mem::take(self).bytes
@@ -53,6 +73,15 @@ impl Chunks {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn single_bytes_are_joined() {
+        let mut queue = Chunks::default();
+        for _ in 0..100_000 {
+            queue.push(Bytes::from_static(b"x"));
+        }
+        assert!(queue.slices() <= 2 + 100_000 / JOINED);
+    }
 
     proptest! {
         #[test]

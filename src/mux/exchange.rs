@@ -28,6 +28,15 @@ pub(super) enum Ending {
     Reset(Reason),
 }
 
+/// Whether the peer is to stop, or has been told to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cancel {
+    No,
+    /// To be said when our own side has ended.
+    Due(Reason),
+    Sent,
+}
+
 /// A head on its way to the peer.
 #[derive(Debug)]
 pub(super) enum HeadOut {
@@ -46,12 +55,17 @@ pub(super) enum HeadOut {
 ///                             │            │
 ///                             └──── and ───┴── and released by the application ──> freed
 /// ```
+///
+/// Between `sent_end` and `ending_in` an end may `cancel`: the peer, which hasn't ended, then ends
+/// by a reset.
 #[derive(Debug)]
 pub(super) struct Exchange {
     pub(super) id: ExchangeId,
 
     /// Not yet sent. Until an opener's head is sent, the peer doesn't know of the exchange.
     pub(super) head_out: Option<HeadOut>,
+    /// The application has given the head, sent or not; until then its body waits.
+    pub(super) head_given: bool,
     /// The newest interim answer not yet sent. One place: a newer one replaces it.
     pub(super) interim_out: Option<ResponseHead>,
     pub(super) outbox: Chunks,
@@ -62,6 +76,10 @@ pub(super) struct Exchange {
     pub(super) aborted: bool,
     /// Our end is on its way: nothing more may be sent.
     pub(super) sent_end: bool,
+    /// What the peer still sends isn't wanted.
+    pub(super) cancel: Cancel,
+    /// Why nothing can be sent any more, where it wasn't our own choice.
+    pub(super) stopped: Option<Reason>,
 
     /// The newest interim answer not yet taken. One place: a peer can't pile them up.
     pub(super) interim_in: Option<ResponseHead>,
@@ -76,15 +94,12 @@ pub(super) struct Exchange {
 
     /// Promised out of the budget for this exchange, to be given back with it.
     pub(super) promised: usize,
+    /// Of that, for an interim answer.
+    pub(super) interim_promised: usize,
     /// Of the outbox, bytes beyond the reserved window, promised while they wait.
     pub(super) outbox_loan: usize,
 
-    /// In the queue of exchanges with something to send.
-    pub(super) scheduled: bool,
-    /// In the queue of exchanges with credit or a reset to send.
-    pub(super) control_scheduled: bool,
-    /// In the queue of exchanges with an event.
-    pub(super) event_scheduled: bool,
+    /// Events not yet reported.
     pub(super) readable: bool,
     pub(super) writable: bool,
     /// The application was told there is no capacity and waits for the event.
@@ -100,12 +115,15 @@ impl Exchange {
         Self {
             id,
             head_out: None,
+            head_given: false,
             interim_out: None,
             outbox: Chunks::default(),
             send_window: SendWindow::new(RESERVED_WINDOW),
             ending_out: None,
             aborted: false,
             sent_end: false,
+            cancel: Cancel::No,
+            stopped: None,
             interim_in: None,
             head_in: None,
             head_seen: false,
@@ -114,10 +132,8 @@ impl Exchange {
             ending_in: None,
             refused: None,
             promised,
+            interim_promised: 0,
             outbox_loan: 0,
-            scheduled: false,
-            control_scheduled: false,
-            event_scheduled: false,
             readable: false,
             writable: false,
             wants_capacity: false,
@@ -141,10 +157,7 @@ impl Exchange {
         if self.ending_out.is_none() && !self.sent_end {
             return Ok(());
         }
-        Err(match self.ending_in {
-            Some(Ending::Reset(reason)) => reason,
-            _ => self.refused.unwrap_or(Reason::Cancelled),
-        })
+        Err(self.stopped.unwrap_or(Reason::Cancelled))
     }
 
     /// Whether a turn would send something.
@@ -154,31 +167,30 @@ impl Exchange {
         }
         self.head_out.is_some()
             || self.interim_out.is_some()
-            || (!self.outbox.is_empty() && self.send_window.available() > 0)
+            || (self.head_given && !self.outbox.is_empty() && self.send_window.available() > 0)
             || (self.outbox.is_empty() && self.ending_out.is_some())
     }
 
     /// Whether control has something to send for it.
     pub(super) fn has_control(&self) -> bool {
-        (self.aborted && !self.sent_end) || (self.credit_due && self.ending_in.is_none())
+        let peer_goes_on = self.ending_in.is_none();
+        let cancels = self.sent_end && matches!(self.cancel, Cancel::Due(_));
+        (self.aborted && !self.sent_end) || (peer_goes_on && (self.credit_due || cancels))
     }
 
-    /// Takes one turn: at most `quantum` bytes of body. Says what the frames cost.
+    /// Takes one turn: at most `quantum` bytes of body, and at most one head or trailer section
+    /// that is larger. Says what the frames cost.
     pub(super) fn take_turn(&mut self, quantum: usize, frames: &mut Vec<Frame>) -> usize {
-        let mut cost = 0;
-        let mut emit = |frame: Frame| {
-            cost += frame.cost();
-            frames.push(frame);
-        };
+        let before = frames.len();
         let id = self.id;
         if let Some(head) = self.interim_out.take() {
-            emit(Frame::Interim { id, head });
+            frames.push(Frame::Interim { id, head });
         }
         let mut left = quantum;
         if let Some(head) = self.head_out.take() {
             let body = self.take_body(&mut left);
             let end = self.take_plain_end();
-            emit(match head {
+            frames.push(match head {
                 HeadOut::Open(head, credit) => Frame::Open {
                     id,
                     head,
@@ -194,20 +206,21 @@ impl Exchange {
                 },
             });
         }
-        loop {
+        while self.head_given {
             let body = self.take_body(&mut left);
             if body.is_empty() {
                 break;
             }
             let end = self.take_plain_end();
-            emit(Frame::Data { id, body, end });
+            frames.push(Frame::Data { id, body, end });
         }
         if !self.sent_end
             && self.outbox.is_empty()
+            && (self.ending_is_small() || frames.len() == before)
             && let Some(ending) = self.ending_out.take()
         {
             self.sent_end = true;
-            emit(match ending {
+            frames.push(match ending {
                 Ending::Complete(None) => Frame::Data {
                     id,
                     body: Bytes::new(),
@@ -217,7 +230,7 @@ impl Exchange {
                 Ending::Reset(reason) => Frame::Reset { id, reason },
             });
         }
-        cost
+        frames[before..].iter().map(Frame::cost).sum()
     }
 
     /// The next bytes of the outbox that credit and `left` allow; empty for none.
@@ -230,6 +243,15 @@ impl Exchange {
         self.send_window.spend(body.len());
         *left -= body.len();
         body
+    }
+
+    /// Whether our ending may go with whatever else is in the turn.
+    fn ending_is_small(&self) -> bool {
+        const SMALL: usize = 16 * 1024;
+        match &self.ending_out {
+            Some(Ending::Complete(Some(lines))) => lines.size() <= SMALL,
+            _ => true,
+        }
     }
 
     /// Whether the frame being made is the last one, because the body ends here.

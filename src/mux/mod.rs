@@ -14,6 +14,8 @@
 //!   `Reset`. Who receives a `Reset` before having ended answers with a `Reset`. A slot is free
 //!   when both ends have ended, so that a peer that resets fast can't have more work under way
 //!   than a peer that waits.
+//! - An end that has ended by `End` may send one `Reset` more while the other hasn't ended: it
+//!   wants no more of what the other sends. So a request that is out can still be cancelled.
 //! - A body byte is sent only against credit that the receiver has granted; exceeding it is an
 //!   error of the tunnel. Heads, interim answers and trailers need none, and are bounded by
 //!   count and size instead.
@@ -26,8 +28,11 @@ mod chunks;
 mod error;
 mod exchange;
 mod frame;
+mod queue;
 mod session;
 mod store;
+#[cfg(test)]
+mod tests;
 mod window;
 
 pub use budget::{Budget, Pool};

@@ -5,8 +5,9 @@ use bytes::Bytes;
 
 use super::budget::Budget;
 use super::error::{OpenError, ProtocolError, Reason, SessionError};
-use super::exchange::{Ending, Exchange, HeadOut, Read};
+use super::exchange::{Cancel, Ending, Exchange, HeadOut, Read};
 use super::frame::Frame;
+use super::queue::IndexQueue;
 use super::store::{Key, Store};
 use super::{MAX_HEAD, MAX_WINDOW, RESERVED_WINDOW};
 use crate::head::{Lines, RequestHead, ResponseHead};
@@ -37,7 +38,7 @@ pub struct Event {
 pub struct Events {
     /// A head, data, or the end has come.
     pub readable: bool,
-    /// There is capacity again, or there will never be.
+    /// There is capacity again, or there will never be: see [`Session::stopped`].
     pub writable: bool,
 }
 
@@ -68,6 +69,9 @@ const FIRST_LOAN: usize = 48 * 1024;
 /// to fill a batch while the next piece is being read.
 const OUTBOX_LIMIT: usize = 128 * 1024;
 
+#[cfg(test)]
+mod audit;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
     Opener,
@@ -83,13 +87,14 @@ pub struct Session {
     store: Store,
     /// Exchanges that are not over: the number the agreement limits.
     live: u32,
-    /// Exchanges with something to send, in the order of their turns. Each at most once.
-    ready: VecDeque<usize>,
-    /// Exchanges with credit or a reset to send. Each at most once.
-    control: VecDeque<usize>,
-    /// Exchanges with an event to report. Each at most once.
-    events: VecDeque<usize>,
-    /// Exchanges the application hasn't accepted yet; bounded by the agreed number.
+    /// Exchanges with something to send, in the order of their turns.
+    ready: IndexQueue,
+    /// Exchanges with credit or a reset to send.
+    control: IndexQueue,
+    /// Exchanges with an event to report.
+    events: IndexQueue,
+    /// Exchanges the application hasn't accepted yet. They are in the store, which admits no more
+    /// than the agreed number.
     accepted: VecDeque<(Key, RequestHead)>,
     heartbeat: Heartbeat,
     drain: Drain,
@@ -133,9 +138,9 @@ impl Session {
             budget,
             store,
             live: 0,
-            ready: VecDeque::new(),
-            control: VecDeque::new(),
-            events: VecDeque::new(),
+            ready: IndexQueue::default(),
+            control: IndexQueue::default(),
+            events: IndexQueue::default(),
             accepted: VecDeque::new(),
             heartbeat: Heartbeat {
                 last_heard: now,
@@ -177,6 +182,7 @@ impl Session {
             let window = RESERVED_WINDOW + loan as u32;
             let mut exchange = Exchange::new(id, window, reserved + loan);
             exchange.head_out = Some(HeadOut::Open(head, loan as u32));
+            exchange.head_given = true;
             if !expects_body {
                 exchange.ending_out = Some(Ending::Complete(None));
             }
@@ -187,12 +193,18 @@ impl Session {
         Ok(key)
     }
 
-    /// The next exchange that the peer has opened.
+    /// The next exchange that the peer has opened, and hasn't given up meanwhile.
     pub fn accept(&mut self) -> Option<(Key, RequestHead)> {
-        self.accepted.pop_front()
+        loop {
+            let (key, head) = self.accepted.pop_front()?;
+            if self.stopped(key).is_none() {
+                return Some((key, head));
+            }
+            self.release(key);
+        }
     }
 
-    /// Whether [`Session::accept`] would return an exchange.
+    /// Whether exchanges wait for [`Session::accept`].
     pub fn has_accepted(&self) -> bool {
         !self.accepted.is_empty()
     }
@@ -250,24 +262,37 @@ impl Session {
     }
 
     /// Queues an interim answer (1xx). One that hasn't been sent yet is replaced, since a later
-    /// one says more; they carry nothing a visitor may rely upon (RFC 9110, section 15.2).
+    /// one says more; they carry nothing a visitor may rely upon (RFC 9110, section 15.2). Dropped
+    /// after the final answer, and if it is larger than 8 KiB or has another status.
     pub fn interim(&mut self, key: Key, head: ResponseHead) {
         debug_assert_eq!(self.role, Role::Acceptor);
         if let Some(exchange) = self.store.get(key)
+            && exchange.ending_out.is_none()
             && !exchange.sent_end
-            && !exchange.aborted
+            && !exchange.head_given
+            && is_interim(head.status)
+            && head.size() <= MAX_INTERIM
         {
             exchange.interim_out = Some(head);
             self.schedule(key.index);
         }
     }
 
-    /// Answers an exchange; the body follows by [`Session::send`] and [`Session::finish`].
+    /// Answers an exchange, once; the body follows by [`Session::send`] and [`Session::finish`].
+    /// A head beyond [`MAX_HEAD`], or with a status that no final answer has, ends the exchange
+    /// with [`Reason::UpstreamError`].
     pub fn answer(&mut self, key: Key, head: ResponseHead) {
         debug_assert_eq!(self.role, Role::Acceptor);
         if let Some(exchange) = self.store.get(key)
             && exchange.ending_out.is_none()
+            && !exchange.sent_end
+            && !exchange.head_given
         {
+            if !is_final(head.status) || head.size() > MAX_HEAD {
+                self.abort_index(key.index, Reason::UpstreamError);
+                return;
+            }
+            exchange.head_given = true;
             exchange.head_out = Some(HeadOut::Answer(head));
             self.schedule(key.index);
         }
@@ -283,18 +308,20 @@ impl Session {
         let waiting = exchange.outbox.len();
         // Beyond the reserved window, what waits is promised out of the budget while it waits.
         let own = RESERVED_WINDOW as usize;
-        let limit = if waiting < own || self.budget.has_room(OUTBOX_LIMIT) {
-            OUTBOX_LIMIT.min(exchange.send_window.available())
+        let limit = if self.budget.has_room(OUTBOX_LIMIT) {
+            OUTBOX_LIMIT
         } else {
-            own.min(exchange.send_window.available())
+            own
         };
+        let limit = limit.min(exchange.send_window.available());
         let capacity = limit.saturating_sub(waiting);
         exchange.wants_capacity = capacity == 0;
         Ok(capacity)
     }
 
     /// Queues body bytes. They may exceed [`Session::capacity`] by what the source handed out in
-    /// one piece; the caller asks for capacity before it takes the next piece.
+    /// one piece; the caller asks for capacity before it takes the next piece. The bytes of an
+    /// answer wait for its head.
     pub fn send(&mut self, key: Key, chunk: Bytes) -> Result<(), Reason> {
         let Some(exchange) = self.store.get(key) else {
             return Err(Reason::Cancelled);
@@ -306,12 +333,12 @@ impl Session {
         Ok(())
     }
 
-    /// Ends our side after what is queued.
+    /// Ends our side after what is queued. Trailers beyond [`MAX_HEAD`] are discarded, as they may
+    /// be (RFC 9110, section 6.5.1). An answer without a head ends with
+    /// [`Reason::UpstreamError`] instead.
     pub fn finish(&mut self, key: Key, trailers: Option<Lines>) {
-        self.end(
-            key,
-            Ending::Complete(trailers.filter(|lines| !lines.is_empty())),
-        );
+        let fits = |lines: &Lines| !lines.is_empty() && lines.size() <= MAX_HEAD;
+        self.end(key, Ending::Complete(trailers.filter(fits)));
     }
 
     /// Ends our side early, but after what is queued: the source broke off.
@@ -324,15 +351,31 @@ impl Session {
             && exchange.ending_out.is_none()
             && !exchange.sent_end
         {
-            exchange.ending_out = Some(ending);
-            self.schedule(key.index);
+            match ending {
+                _ if exchange.head_given => {
+                    exchange.ending_out = Some(ending);
+                    self.schedule(key.index);
+                }
+                Ending::Reset(reason) => self.abort_index(key.index, reason),
+                Ending::Complete(_) => self.abort_index(key.index, Reason::UpstreamError),
+            }
         }
     }
 
-    /// Ends our side at once; what is queued is dropped.
+    /// Ends the exchange at once; what is queued is dropped, and the peer is told to stop if it
+    /// hasn't ended its side.
     pub fn abort(&mut self, key: Key, reason: Reason) {
         if self.store.get(key).is_some() {
             self.abort_index(key.index, reason);
+        }
+    }
+
+    /// Why the peer wants no more of our side, once it has said so or the tunnel is lost. A
+    /// `writable` event tells when that happens.
+    pub fn stopped(&mut self, key: Key) -> Option<Reason> {
+        match self.store.get(key) {
+            Some(exchange) => exchange.stopped,
+            None => Some(Reason::Cancelled),
         }
     }
 
@@ -341,6 +384,7 @@ impl Session {
             return;
         };
         if exchange.sent_end || exchange.aborted {
+            self.cancel(index, reason);
             return;
         }
         exchange.outbox.clear();
@@ -353,17 +397,37 @@ impl Session {
             if exchange.ending_in.is_none() {
                 exchange.ending_in = Some(Ending::Reset(reason));
             }
+            exchange.readable = true;
+            exchange.writable = true;
             self.live -= 1;
+            self.schedule_event(index);
             self.free_if_over(index);
         } else {
             exchange.aborted = true;
+            if exchange.wants_capacity {
+                exchange.writable = true;
+                self.schedule_event(index);
+            }
             self.schedule_control(index);
         }
     }
 
-    /// Lets go of an exchange. If our side hasn't ended, it is cancelled; whatever still comes
-    /// from the peer is dropped.
+    /// Has the peer told that what it still sends isn't wanted, once our own side has ended.
+    fn cancel(&mut self, index: usize, reason: Reason) {
+        if let Some(exchange) = self.store.by_index(index)
+            && exchange.ending_in.is_none()
+            && exchange.cancel == Cancel::No
+        {
+            exchange.cancel = Cancel::Due(reason);
+            self.schedule_control(index);
+        }
+    }
+
+    /// Lets go of an exchange. Whichever side hasn't ended is cancelled, and whatever still comes
+    /// from the peer is dropped. What was queued before [`Session::finish`] is still sent, except
+    /// where it is a request whose answer nobody will read.
     pub fn release(&mut self, key: Key) {
+        let role = self.role;
         let Some(exchange) = self.store.get(key) else {
             return;
         };
@@ -371,8 +435,17 @@ impl Session {
         exchange.inbox.clear();
         exchange.head_in = None;
         exchange.interim_in = None;
-        if exchange.ending_out.is_none() && !exchange.sent_end {
-            self.abort_index(key.index, Reason::Cancelled);
+        exchange.readable = false;
+        exchange.writable = false;
+        let moot = role == Role::Opener && exchange.ending_in.is_none();
+        let reason = match exchange.ending_out {
+            Some(Ending::Reset(reason)) => reason,
+            _ => Reason::Cancelled,
+        };
+        if exchange.ending_out.is_none() || moot {
+            self.abort_index(key.index, reason);
+        } else {
+            self.cancel(key.index, reason);
         }
         self.free_if_over(key.index);
     }
@@ -396,13 +469,18 @@ impl Session {
             return;
         }
         self.closed = true;
-        self.accepted.clear();
+        for (key, _) in std::mem::take(&mut self.accepted) {
+            self.release(key);
+        }
         for index in self.store.indexes() {
             let Some(exchange) = self.store.by_index(index) else {
                 continue;
             };
             if !exchange.is_over() {
                 self.live -= 1;
+            }
+            if !exchange.sent_end {
+                exchange.stopped.get_or_insert(Reason::TunnelLost);
             }
             exchange.sent_end = true;
             exchange.outbox.clear();
@@ -439,8 +517,12 @@ impl Session {
 
     // --- The stream's side ------------------------------------------------------------------
 
-    /// Takes a frame from the peer. An error ends the session.
+    /// Takes a frame from the peer. An error ends the session: the caller is to
+    /// [close](Session::close) it. What comes after that is dropped.
     pub fn receive(&mut self, frame: Frame, now: Duration) -> Result<(), ProtocolError> {
+        if self.closed {
+            return Ok(());
+        }
         self.heartbeat.last_heard = now;
         match frame {
             Frame::Open {
@@ -466,7 +548,7 @@ impl Session {
             }
             Frame::Interim { id, head } => {
                 self.role_must_be(Role::Opener)?;
-                if !(100..200).contains(&head.status) {
+                if !is_interim(head.status) {
                     return Err(ProtocolError::BadStatus);
                 }
                 let Some((index, exchange)) = live_exchange(&mut self.store, id)? else {
@@ -475,7 +557,14 @@ impl Session {
                 if exchange.head_seen {
                     return Err(ProtocolError::OutOfOrder);
                 }
-                if !exchange.discards() && head.size() <= MAX_INTERIM {
+                let missing = head.size().saturating_sub(exchange.interim_promised);
+                // Dropped where there is no room: nobody may rely upon it.
+                if !exchange.discards()
+                    && head.size() <= MAX_INTERIM
+                    && self.budget.reserve(missing)
+                {
+                    exchange.promised += missing;
+                    exchange.interim_promised += missing;
                     exchange.interim_in = Some(head);
                     self.note_readable(index);
                 }
@@ -488,7 +577,7 @@ impl Session {
                 end,
             } => {
                 self.role_must_be(Role::Opener)?;
-                if !(200..1000).contains(&head.status) && head.status != 101 {
+                if !is_final(head.status) {
                     return Err(ProtocolError::BadStatus);
                 }
                 if head.size() > MAX_HEAD {
@@ -508,6 +597,8 @@ impl Session {
                         exchange.head_in = Some(head);
                     } else {
                         exchange.refused = Some(Reason::Overloaded);
+                        exchange.stopped = Some(Reason::Overloaded);
+                        exchange.writable = true;
                         self.abort_index(index, Reason::Overloaded);
                     }
                 }
@@ -538,12 +629,27 @@ impl Session {
                 }
             }
             Frame::Reset { id, reason } => {
-                let Some((index, exchange)) = live_exchange(&mut self.store, id)? else {
+                let Some(index) = self.store.find(id) else {
                     return Ok(());
                 };
-                exchange.writable = true;
+                let Some(exchange) = self.store.by_index(index) else {
+                    return Ok(());
+                };
+                if matches!(exchange.head_out, Some(HeadOut::Open(..)))
+                    || matches!(exchange.ending_in, Some(Ending::Reset(_)))
+                {
+                    return Err(ProtocolError::OutOfOrder);
+                }
                 let answer = !exchange.sent_end;
-                self.end_incoming(index, Ending::Reset(reason));
+                if answer && !exchange.aborted {
+                    exchange.stopped = Some(reason);
+                    exchange.writable = true;
+                    self.schedule_event(index);
+                }
+                // After its own end, a peer's reset only says that it wants no more of ours.
+                if !self.has_ended(index) {
+                    self.end_incoming(index, Ending::Reset(reason));
+                }
                 if answer {
                     self.abort_index(index, Reason::Cancelled);
                 }
@@ -615,12 +721,12 @@ impl Session {
         }
         let mut spent: usize = frames.iter().map(Frame::cost).sum();
         while spent < limit
-            && let Some(index) = self.control.pop_front()
+            && let Some(index) = self.control.pop()
         {
             spent += self.transmit_control(index, frames);
         }
         while spent < limit
-            && let Some(index) = self.ready.pop_front()
+            && let Some(index) = self.ready.pop()
         {
             let alone = self.ready.is_empty();
             let quantum = if alone {
@@ -644,18 +750,17 @@ impl Session {
 
     /// The next event, until there is none.
     pub fn poll_event(&mut self) -> Option<Event> {
-        while let Some(index) = self.events.pop_front() {
+        while let Some(index) = self.events.pop() {
             let Some(exchange) = self.store.by_index(index) else {
                 continue;
             };
-            if !std::mem::take(&mut exchange.event_scheduled) {
-                continue;
-            }
             let what = Events {
                 readable: std::mem::take(&mut exchange.readable),
                 writable: std::mem::take(&mut exchange.writable),
             };
-            return Some(Event { index, what });
+            if what.readable || what.writable {
+                return Some(Event { index, what });
+            }
         }
         None
     }
@@ -700,11 +805,17 @@ impl Session {
         end: bool,
         credit: u32,
     ) -> Result<(), ProtocolError> {
-        let reserved = 2 * RESERVED_WINDOW as usize + head.size();
-        let admitted = self.budget.reserve(reserved);
-        let mut exchange = Exchange::new(id, RESERVED_WINDOW, if admitted { reserved } else { 0 });
+        let mut exchange = Exchange::new(id, RESERVED_WINDOW, 0);
         exchange.head_seen = true;
         exchange.send_window.grant(credit)?;
+        let reserved = 2 * RESERVED_WINDOW as usize + head.size();
+        // Exchanges that are over on the wire, but that the application still works on, count: a
+        // peer that resets fast gets no more work done than one that waits.
+        let admitted =
+            self.store.len() < self.config.max_exchanges as usize && self.budget.reserve(reserved);
+        if admitted {
+            exchange.promised = reserved;
+        }
         let key = self.store.insert(exchange);
         self.live += 1;
         if self.drain.ours || !admitted {
@@ -739,6 +850,13 @@ impl Session {
         Ok(())
     }
 
+    /// Whether the peer has ended its side.
+    fn has_ended(&mut self, index: usize) -> bool {
+        self.store
+            .by_index(index)
+            .is_none_or(|exchange| exchange.ending_in.is_some())
+    }
+
     /// The peer has ended its side. The caller has checked that it hadn't before.
     fn end_incoming(&mut self, index: usize, ending: Ending) {
         let Some(exchange) = self.store.by_index(index) else {
@@ -757,9 +875,6 @@ impl Session {
         let Some(exchange) = self.store.by_index(index) else {
             return 0;
         };
-        if !std::mem::take(&mut exchange.control_scheduled) {
-            return 0;
-        }
         let before = frames.len();
         let id = exchange.id;
         if std::mem::take(&mut exchange.credit_due) && exchange.ending_in.is_none() {
@@ -770,6 +885,7 @@ impl Session {
         }
         if exchange.aborted && !exchange.sent_end {
             exchange.sent_end = true;
+            exchange.cancel = Cancel::Sent;
             let reason = match exchange.ending_out.take() {
                 Some(Ending::Reset(reason)) => reason,
                 _ => Reason::Cancelled,
@@ -779,6 +895,12 @@ impl Session {
                 self.live -= 1;
             }
             self.free_if_over(index);
+        } else if let Cancel::Due(reason) = exchange.cancel
+            && exchange.sent_end
+            && exchange.ending_in.is_none()
+        {
+            exchange.cancel = Cancel::Sent;
+            frames.push(Frame::Reset { id, reason });
         }
         frames[before..].iter().map(Frame::cost).sum()
     }
@@ -787,7 +909,7 @@ impl Session {
         let Some(exchange) = self.store.by_index(index) else {
             return 0;
         };
-        if !std::mem::take(&mut exchange.scheduled) || exchange.sent_end {
+        if !exchange.is_ready() {
             return 0;
         }
         let cost = exchange.take_turn(quantum, frames);
@@ -796,6 +918,7 @@ impl Session {
             if exchange.is_over() {
                 self.live -= 1;
             }
+            self.schedule_control(index);
             self.free_if_over(index);
             return cost;
         }
@@ -819,18 +942,16 @@ impl Session {
     fn schedule(&mut self, index: usize) {
         if let Some(exchange) = self.store.by_index(index)
             && exchange.is_ready()
-            && !std::mem::replace(&mut exchange.scheduled, true)
         {
-            self.ready.push_back(index);
+            self.ready.push(index);
         }
     }
 
     fn schedule_control(&mut self, index: usize) {
         if let Some(exchange) = self.store.by_index(index)
             && exchange.has_control()
-            && !std::mem::replace(&mut exchange.control_scheduled, true)
         {
-            self.control.push_back(index);
+            self.control.push(index);
         }
     }
 
@@ -844,9 +965,8 @@ impl Session {
     fn schedule_event(&mut self, index: usize) {
         if let Some(exchange) = self.store.by_index(index)
             && !exchange.released
-            && !std::mem::replace(&mut exchange.event_scheduled, true)
         {
-            self.events.push_back(index);
+            self.events.push(index);
         }
     }
 
@@ -869,14 +989,20 @@ impl Session {
     /// What a burst has grown, an idle tunnel doesn't keep.
     fn forget_bursts(&mut self) {
         const KEEP: usize = 64;
-        self.ready.clear();
-        self.control.clear();
-        self.events.clear();
         for queue in [&mut self.ready, &mut self.control, &mut self.events] {
-            queue.shrink_to(KEEP);
+            queue.reset(KEEP);
         }
         self.accepted.shrink_to(KEEP);
     }
+}
+
+fn is_interim(status: u16) -> bool {
+    (100..200).contains(&status) && status != 101
+}
+
+/// 101 is final here: what follows it is the upgraded connection's.
+fn is_final(status: u16) -> bool {
+    (200..1000).contains(&status) || status == 101
 }
 
 /// The exchange a frame speaks of, if it exists. A frame after the peer's own end is an error; a

@@ -144,4 +144,9 @@ impl Store {
     pub(super) fn indexes(&self) -> Vec<usize> {
         self.slab.iter().map(|(index, _)| index).collect()
     }
+
+    #[cfg(test)]
+    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, &Exchange)> {
+        self.slab.iter()
+    }
 }

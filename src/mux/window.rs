@@ -96,6 +96,24 @@ impl ReceiveWindow {
     fn owed(&self) -> u32 {
         self.size - self.available - self.unread
     }
+
+    #[cfg(test)]
+    pub(super) fn available(&self) -> usize {
+        self.available as usize
+    }
+
+    #[cfg(test)]
+    pub(super) fn unread(&self) -> u32 {
+        self.unread
+    }
+
+    #[cfg(test)]
+    #[track_caller]
+    pub(super) fn assert_consistent(&self) {
+        let parts = u64::from(self.available) + u64::from(self.unread);
+        assert!(parts <= u64::from(self.size), "credit made: {self:?}");
+        assert!(self.size <= super::MAX_WINDOW, "a window too large");
+    }
 }
 
 #[cfg(test)]

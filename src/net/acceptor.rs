@@ -202,7 +202,13 @@ impl<S: Sink> Acceptor<S> {
     /// if the kernel refuses to tell which listeners are ready; the server can't go on then.
     pub async fn run(self) -> io::Result<()> {
         let Self { poll, mut core } = self;
-        let mut poll = AsyncFd::with_interest(poll, tokio::io::Interest::READABLE)?;
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe: the descriptor must neither change nor close while \
+                      it is registered, and a `Poll` keeps its own for life"
+        )]
+        let poll = AsyncFd::with_interest(poll, tokio::io::Interest::READABLE);
+        let mut poll = poll?;
         let mut events = Events::with_capacity(EVENTS);
         let shared = Arc::clone(&core.shared);
 
@@ -513,4 +519,320 @@ fn accept_some(
         }
     }
     (limit, TurnEnd::Unfinished)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::net::{Ipv4Addr, Ipv6Addr};
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicU16;
+
+    use tokio::io::AsyncReadExt;
+    use tokio::sync::mpsc;
+    use tokio::task::JoinHandle;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::net::{bind_failure, raise_descriptor_limit};
+    use crate::ports::BindFailure;
+
+    type Opened = (u16, u64, io::Result<()>);
+    type Batch = (Listener, Vec<Accepted>);
+
+    /// Far beyond what any step takes: a test that waits this long has failed.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    struct TestSink {
+        commands: Arc<Mutex<VecDeque<Command>>>,
+        opened: mpsc::Sender<Opened>,
+        accepted: mpsc::Sender<Batch>,
+    }
+
+    impl Sink for TestSink {
+        fn next_command(&mut self) -> Option<Command> {
+            self.commands.lock().unwrap().pop_front()
+        }
+
+        fn opened(&mut self, port: u16, key: u64, outcome: io::Result<()>) {
+            self.opened.try_send((port, key, outcome)).unwrap();
+        }
+
+        fn accepted(&mut self, listener: Listener, batch: Vec<Accepted>) {
+            assert!(!batch.is_empty());
+            self.accepted.try_send((listener, batch)).unwrap();
+        }
+    }
+
+    struct Harness {
+        handle: AcceptorHandle,
+        commands: Arc<Mutex<VecDeque<Command>>>,
+        opened: mpsc::Receiver<Opened>,
+        accepted: mpsc::Receiver<Batch>,
+        task: JoinHandle<io::Result<()>>,
+    }
+
+    impl Harness {
+        fn start() -> Self {
+            Self::start_with(|_| {})
+        }
+
+        fn start_with(prepare: impl FnOnce(&mut Acceptor<TestSink>)) -> Self {
+            let commands = Arc::new(Mutex::new(VecDeque::new()));
+            let (opened_tx, opened) = mpsc::channel(20_000);
+            let (accepted_tx, accepted) = mpsc::channel(20_000);
+            let sink = TestSink {
+                commands: Arc::clone(&commands),
+                opened: opened_tx,
+                accepted: accepted_tx,
+            };
+            let (mut acceptor, handle) = Acceptor::new(Ipv6Addr::UNSPECIFIED.into(), sink).unwrap();
+            prepare(&mut acceptor);
+            Self {
+                handle,
+                commands,
+                opened,
+                accepted,
+                task: tokio::spawn(acceptor.run()),
+            }
+        }
+
+        fn command(&self, command: Command) {
+            self.commands.lock().unwrap().push_back(command);
+            self.handle.wake();
+        }
+
+        async fn bind(&mut self, port: u16, key: u64) -> io::Result<()> {
+            self.command(Command::Bind { port, key });
+            let (answered, number, outcome) = timeout(PATIENCE, self.opened.recv())
+                .await
+                .unwrap()
+                .unwrap();
+            assert_eq!((answered, number), (port, key));
+            outcome
+        }
+
+        /// Binds some port that nobody holds.
+        async fn bind_any(&mut self, key: u64) -> u16 {
+            loop {
+                let port = candidate();
+                match self.bind(port, key).await {
+                    Ok(()) => return port,
+                    Err(error) => assert_eq!(error.kind(), io::ErrorKind::AddrInUse),
+                }
+            }
+        }
+
+        async fn close(&mut self, listener: Listener) {
+            self.command(Command::Close(listener));
+            // Commands are performed in order: once this one is answered, that one is done.
+            assert!(self.bind(0, 0).await.is_err());
+        }
+
+        async fn batch(&mut self) -> Batch {
+            timeout(PATIENCE, self.accepted.recv())
+                .await
+                .unwrap()
+                .unwrap()
+        }
+    }
+
+    /// Ports below the kernel's ephemeral ones, so that no client's socket sits there; others
+    /// may, so the caller tries until one is free.
+    fn candidate() -> u16 {
+        static NEXT: AtomicU16 = AtomicU16::new(0);
+        let offset = std::process::id() as u16 % 64 * 300 + NEXT.fetch_add(1, Ordering::Relaxed);
+        10_000 + offset % 20_000
+    }
+
+    fn connect(port: u16) -> TcpStream {
+        TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_port_is_bound_accepts_over_both_families_and_is_closed() {
+        let mut harness = Harness::start();
+        let port = harness.bind_any(7).await;
+        let name = Listener::Port { port, key: 7 };
+
+        let mut addresses = vec![IpAddr::from(Ipv4Addr::LOCALHOST)];
+        if TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok() {
+            addresses.push(Ipv6Addr::LOCALHOST.into());
+        }
+        for address in addresses {
+            let client = TcpStream::connect((address, port)).unwrap();
+            let (listener, batch) = harness.batch().await;
+            assert_eq!(listener, name);
+            let [visitor] = batch.as_slice() else {
+                panic!("{batch:?}");
+            };
+            assert_eq!(visitor.peer, client.local_addr().unwrap());
+            assert_eq!(visitor.peer.ip(), address);
+            let nothing_yet = visitor.stream.peek(&mut [0]).unwrap_err();
+            assert_eq!(nothing_yet.kind(), io::ErrorKind::WouldBlock);
+            if cfg!(target_os = "linux") {
+                assert!(visitor.stream.nodelay().unwrap());
+            }
+        }
+
+        // Under another key, nothing is closed.
+        harness.close(Listener::Port { port, key: 8 }).await;
+        connect(port);
+        assert_eq!(harness.batch().await.0, name);
+
+        harness.close(name).await;
+        let refused = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+
+        // The connections of its last life don't keep the port from its next one.
+        harness.bind(port, 9).await.unwrap();
+        connect(port);
+        assert_eq!(harness.batch().await.0, Listener::Port { port, key: 9 });
+    }
+
+    #[tokio::test]
+    async fn a_port_that_another_program_holds_is_found_in_use() {
+        let mut harness = Harness::start();
+        let holders: [IpAddr; 4] = [
+            Ipv4Addr::LOCALHOST.into(),
+            Ipv4Addr::UNSPECIFIED.into(),
+            Ipv6Addr::LOCALHOST.into(),
+            Ipv6Addr::UNSPECIFIED.into(),
+        ];
+        for (key, address) in (0..).zip(holders) {
+            // Like most programs, std's listener sets SO_REUSEADDR.
+            let holder = match TcpListener::bind((address, 0)) {
+                Ok(holder) => holder,
+                Err(error) if address.is_ipv6() => {
+                    eprintln!("no IPv6 here, not tested with {address}: {error}");
+                    continue;
+                }
+                Err(error) => panic!("{error}"),
+            };
+            let port = holder.local_addr().unwrap().port();
+            let error = harness.bind(port, key).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");
+            assert_eq!(bind_failure(&error), BindFailure::InUse);
+        }
+
+        // So is our own, for another key.
+        let port = harness.bind_any(100).await;
+        let error = harness.bind(port, 101).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    }
+
+    #[tokio::test]
+    async fn an_adopted_listener_is_served_beside_the_ports() {
+        let tunnel = listen((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = tunnel.local_addr().unwrap();
+        let mut harness = Harness::start_with(|acceptor| acceptor.adopt(tunnel, 3).unwrap());
+        let client = TcpStream::connect(address).unwrap();
+        let (listener, batch) = harness.batch().await;
+        assert_eq!(listener, Listener::Adopted(3));
+        assert_eq!(batch[0].peer, client.local_addr().unwrap());
+        harness.close(Listener::Adopted(3)).await;
+        assert!(TcpStream::connect(address).is_err());
+    }
+
+    #[tokio::test]
+    async fn connections_on_many_ports_arrive_under_their_port() {
+        let limit = raise_descriptor_limit().unwrap().now.unwrap_or(u64::MAX);
+        // Other tests of this binary need descriptors at the same time.
+        let ports = if limit >= 4_096 { 1_000 } else { 200 };
+        let mut harness = Harness::start();
+        let mut bound = Vec::new();
+        for key in 0..ports {
+            bound.push((harness.bind_any(key).await, key));
+        }
+
+        // A walk that visits ports in no order, some of them often.
+        // Connections to different ports may share a client's port, so both are looked at.
+        let mut expected = HashSet::new();
+        let mut clients = Vec::new();
+        for step in 0..200_usize {
+            let (port, key) = bound[step * step * 7 % bound.len()];
+            let client = connect(port);
+            expected.insert((client.local_addr().unwrap(), Listener::Port { port, key }));
+            clients.push(client);
+        }
+        while !expected.is_empty() {
+            let (listener, batch) = harness.batch().await;
+            for visitor in batch {
+                assert!(expected.remove(&(visitor.peer, listener)));
+            }
+        }
+        let accepted = harness.handle.stats().accepted.load(Ordering::Relaxed);
+        assert_eq!(accepted, 200);
+
+        for (port, key) in bound {
+            harness.command(Command::Close(Listener::Port { port, key }));
+        }
+        assert!(harness.bind(0, 0).await.is_err());
+        assert!(harness.accepted.is_empty());
+    }
+
+    #[tokio::test]
+    async fn closing_a_port_resets_the_connections_that_wait_there() {
+        let mut harness = Harness::start();
+        let port = harness.bind_any(1).await;
+        let other = harness.bind_any(2).await;
+        // On this one-thread runtime the acceptor can't run before we await.
+        let waiting: Vec<_> = (0..10).map(|_| connect(port)).collect();
+        harness.close(Listener::Port { port, key: 1 }).await;
+        for client in waiting {
+            client.set_nonblocking(true).unwrap();
+            let mut client = tokio::net::TcpStream::from_std(client).unwrap();
+            let read = timeout(PATIENCE, client.read_u8()).await.unwrap();
+            assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        }
+        assert!(harness.accepted.is_empty());
+
+        connect(other);
+        let (listener, _) = harness.batch().await;
+        assert_eq!(
+            listener,
+            Listener::Port {
+                port: other,
+                key: 2
+            }
+        );
+    }
+
+    #[tokio::test]
+    async fn a_busy_port_takes_turns_with_a_quiet_one() {
+        let mut harness = Harness::start();
+        let busy = harness.bind_any(1).await;
+        let quiet = harness.bind_any(2).await;
+        let crowd: Vec<_> = (0..3 * PER_LISTENER).map(|_| connect(busy)).collect();
+        let lone = connect(quiet);
+
+        let mut before = 0;
+        loop {
+            let (listener, batch) = harness.batch().await;
+            assert!(batch.len() <= PER_LISTENER);
+            match listener {
+                Listener::Port { key: 2, .. } => break,
+                _ => before += batch.len(),
+            }
+        }
+        assert!(before <= PER_LISTENER, "{before} connections came first");
+        let mut rest = crowd.len() - before;
+        while rest > 0 {
+            rest -= harness.batch().await.1.len();
+        }
+        drop(lone);
+    }
+
+    #[tokio::test]
+    async fn shutdown_closes_every_listener() {
+        let mut harness = Harness::start();
+        let port = harness.bind_any(1).await;
+        harness.handle.shutdown();
+        timeout(PATIENCE, harness.task)
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
+        assert!(TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err());
+    }
 }

@@ -112,3 +112,57 @@ pub fn raise_descriptor_limit() -> io::Result<DescriptorLimit> {
         now,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv6Addr, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn one_socket_on_any_address_serves_both_families() {
+        let listener = listen((Ipv6Addr::UNSPECIFIED, 0).into()).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+        let error = listen((Ipv4Addr::LOCALHOST, port).into()).unwrap_err();
+        assert_eq!(bind_failure(&error), BindFailure::InUse);
+    }
+
+    #[test]
+    fn a_port_that_is_bound_but_not_listened_on_is_in_use() {
+        let holder = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        holder
+            .bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())
+            .unwrap();
+        let port = holder.local_addr().unwrap().as_socket().unwrap().port();
+        let error = listen((Ipv6Addr::UNSPECIFIED, port).into()).unwrap_err();
+        assert_eq!(bind_failure(&error), BindFailure::InUse);
+    }
+
+    #[test]
+    fn bind_errors_are_told_apart() {
+        let kind = |errno: Errno| bind_failure(&errno.into());
+        assert_eq!(kind(Errno::ADDRINUSE), BindFailure::InUse);
+        assert_eq!(kind(Errno::ACCESS), BindFailure::Denied);
+        for errno in [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM] {
+            assert_eq!(kind(errno), BindFailure::Descriptors);
+        }
+        assert_eq!(kind(Errno::ADDRNOTAVAIL), BindFailure::Other);
+        let foreign = io::Error::other("no errno at all");
+        assert_eq!(bind_failure(&foreign), BindFailure::Other);
+    }
+
+    #[test]
+    fn a_host_without_ipv6_is_told_by_its_errors() {
+        assert!(lacks_ipv6(&Errno::AFNOSUPPORT.into()));
+        assert!(!lacks_ipv6(&Errno::ADDRINUSE.into()));
+        assert!(!lacks_ipv6(&Errno::MFILE.into()));
+    }
+
+    #[test]
+    fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
+        let raised = raise_descriptor_limit().unwrap();
+        assert_eq!(raised.now, getrlimit(Resource::Nofile).maximum);
+        assert_eq!(raise_descriptor_limit().unwrap().before, raised.now);
+    }
+}

@@ -791,3 +791,706 @@ impl Slot {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const START: Duration = Duration::from_secs(1_000);
+    const LEASE: Duration = Duration::from_secs(60);
+
+    fn agent(name: &str) -> AgentId {
+        name.parse().unwrap()
+    }
+
+    fn config(range: RangeInclusive<u16>) -> Config {
+        Config {
+            range,
+            pinned: BTreeMap::new(),
+            reserved: BTreeSet::new(),
+            lease: Duration::ZERO,
+            foreign_retry: Config::FOREIGN_RETRY,
+        }
+    }
+
+    fn allocator(range: RangeInclusive<u16>) -> Allocator {
+        Allocator::new(config(range)).unwrap()
+    }
+
+    fn effects(allocator: &mut Allocator) -> Vec<Effect> {
+        std::iter::from_fn(|| allocator.poll_effect()).collect()
+    }
+
+    /// Asks for a port and returns what is to be bound for it.
+    fn ask(allocator: &mut Allocator, name: &str, last: Option<u16>) -> (Allocation, u16) {
+        let answer = allocator.request(&agent(name), last, START);
+        let Answer::Opening { allocation } = answer else {
+            panic!("{name}: {answer:?}");
+        };
+        match effects(allocator).as_slice() {
+            [
+                Effect::Bind {
+                    port,
+                    allocation: a,
+                },
+            ] if *a == allocation => (allocation, *port),
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+
+    /// Asks for a port and binds it.
+    fn connect(allocator: &mut Allocator, name: &str) -> (Allocation, u16) {
+        let (allocation, port) = ask(allocator, name, None);
+        allocator.bound(port, allocation);
+        assert_eq!(
+            effects(allocator),
+            [Effect::Granted { allocation, port }],
+            "{name}"
+        );
+        (allocation, port)
+    }
+
+    fn leave(allocator: &mut Allocator, (allocation, port): (Allocation, u16)) {
+        allocator.agent_lost(allocation, START);
+        assert_eq!(
+            effects(allocator),
+            [
+                Effect::Released { allocation, port },
+                Effect::Close { port, allocation }
+            ]
+        );
+    }
+
+    #[test]
+    fn ports_are_given_in_order_and_released_at_once() {
+        let mut allocator = allocator(8100..=8200);
+        let first = connect(&mut allocator, "agent-1");
+        assert_eq!(first.1, 8100);
+        assert_eq!(connect(&mut allocator, "agent-2").1, 8101);
+        assert_eq!(connect(&mut allocator, "agent-3").1, 8102);
+        assert_eq!(allocator.counts().serving, 3);
+
+        leave(&mut allocator, first);
+        assert_eq!(allocator.counts().serving, 2);
+        assert_eq!(allocator.counts().free, 99);
+        let listed: Vec<_> = allocator
+            .ports()
+            .filter_map(|view| Some((view.port, view.tenant?.0.to_string())))
+            .collect();
+        assert_eq!(listed, [(8101, "agent-2".into()), (8102, "agent-3".into())]);
+        // The freed port is the last to be used again by somebody else.
+        assert_eq!(connect(&mut allocator, "agent-4").1, 8103);
+    }
+
+    #[test]
+    fn an_exhausted_range_refuses_until_a_port_is_freed() {
+        let mut allocator = allocator(8100..=8102);
+        let first = connect(&mut allocator, "agent-1");
+        connect(&mut allocator, "agent-2");
+        connect(&mut allocator, "agent-3");
+        let refusal = Refusal::Exhausted {
+            retry_after: EXHAUSTED_RETRY,
+        };
+        assert_eq!(
+            allocator.request(&agent("agent-4"), None, START),
+            Answer::Refused(refusal)
+        );
+        assert_eq!(effects(&mut allocator), []);
+
+        leave(&mut allocator, first);
+        assert_eq!(connect(&mut allocator, "agent-4").1, 8100);
+    }
+
+    #[test]
+    fn an_exhausted_range_tells_when_a_lease_ends() {
+        let mut allocator = Allocator::new(Config {
+            lease: Duration::from_secs(3),
+            ..config(8100..=8100)
+        })
+        .unwrap();
+        let (allocation, _) = connect(&mut allocator, "a");
+        allocator.agent_lost(allocation, START);
+        assert_eq!(
+            allocator.request(&agent("b"), None, START),
+            Answer::Refused(Refusal::Exhausted {
+                retry_after: Duration::from_secs(3)
+            })
+        );
+    }
+
+    #[test]
+    fn an_agent_gets_the_port_it_had_last() {
+        let mut allocator = allocator(8100..=8110);
+        let first = connect(&mut allocator, "a");
+        connect(&mut allocator, "b");
+        leave(&mut allocator, first);
+        assert_eq!(connect(&mut allocator, "a").1, 8100);
+    }
+
+    #[test]
+    fn a_port_named_in_the_hello_is_given_unless_it_has_a_newer_owner() {
+        let mut allocator = allocator(8100..=8110);
+        // After a restart of the server nobody knows better than the agent.
+        let (_, port) = ask(&mut allocator, "a", Some(8105));
+        assert_eq!(port, 8105);
+        // Taken, out of range, nonsense: the longest unused one.
+        assert_eq!(ask(&mut allocator, "b", Some(8105)).1, 8100);
+        assert_eq!(ask(&mut allocator, "c", Some(80)).1, 8101);
+        assert_eq!(ask(&mut allocator, "d", Some(0)).1, 8102);
+
+        let newer = connect(&mut allocator, "newer");
+        assert_eq!(newer.1, 8103);
+        leave(&mut allocator, newer);
+        assert_eq!(ask(&mut allocator, "e", Some(8103)).1, 8104);
+        assert_eq!(connect(&mut allocator, "newer").1, 8103);
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded_by_the_range() {
+        let mut allocator = allocator(8100..=8103);
+        for round in 0..100 {
+            let tenancy = connect(&mut allocator, &format!("agent-{round}"));
+            leave(&mut allocator, tenancy);
+        }
+        assert_eq!(allocator.remembered.len(), 4);
+        assert!(allocator.held.is_empty() && allocator.tenancies.is_empty());
+    }
+
+    #[test]
+    fn a_pinned_port_belongs_to_its_agent_alone() {
+        let mut allocator = Allocator::new(Config {
+            pinned: [(agent("inside"), 8100), (agent("outside"), 9000)].into(),
+            reserved: [8101].into(),
+            ..config(8100..=8102)
+        })
+        .unwrap();
+        // 8100 is pinned, 8101 reserved.
+        assert_eq!(ask(&mut allocator, "a", Some(8100)).1, 8102);
+        assert_eq!(
+            allocator.request(&agent("b"), Some(9000), START),
+            Answer::Refused(Refusal::Exhausted {
+                retry_after: EXHAUSTED_RETRY
+            })
+        );
+        assert_eq!(connect(&mut allocator, "inside").1, 8100);
+        assert_eq!(ask(&mut allocator, "outside", Some(8102)).1, 9000);
+    }
+
+    #[test]
+    fn a_pinned_port_that_is_held_by_another_program_is_not_replaced() {
+        let mut allocator = Allocator::new(Config {
+            pinned: [(agent("p"), 8100)].into(),
+            ..config(8100..=8102)
+        })
+        .unwrap();
+        let (allocation, port) = ask(&mut allocator, "p", None);
+        allocator.bind_failed(port, allocation, BindFailure::InUse, START);
+        let refusal = Refusal::PinUnavailable {
+            port,
+            retry_after: Config::FOREIGN_RETRY,
+        };
+        assert_eq!(
+            effects(&mut allocator),
+            [
+                Effect::Foreign {
+                    port,
+                    failure: BindFailure::InUse
+                },
+                Effect::Refused {
+                    allocation,
+                    refusal
+                },
+            ]
+        );
+        let later = START + Duration::from_secs(10);
+        assert_eq!(
+            allocator.request(&agent("p"), None, later),
+            Answer::Refused(Refusal::PinUnavailable {
+                port,
+                retry_after: Duration::from_secs(20)
+            })
+        );
+        let due = START + Config::FOREIGN_RETRY;
+        assert!(matches!(
+            allocator.request(&agent("p"), None, due),
+            Answer::Opening { .. }
+        ));
+    }
+
+    #[test]
+    fn pins_that_contradict_are_refused() {
+        let pins = |pinned: &[(&str, u16)]| {
+            Allocator::new(Config {
+                pinned: pinned.iter().map(|&(id, port)| (agent(id), port)).collect(),
+                reserved: [8080].into(),
+                ..config(8100..=8102)
+            })
+            .map(|_| ())
+        };
+        assert_eq!(pins(&[("a", 8100), ("b", 8101)]), Ok(()));
+        let (first, second) = (agent("a"), agent("b"));
+        assert_eq!(
+            pins(&[("a", 8100), ("b", 8100)]),
+            Err(PinError::Shared {
+                port: 8100,
+                first,
+                second
+            })
+        );
+        let agent = agent("a");
+        assert_eq!(
+            pins(&[("a", 8080)]),
+            Err(PinError::Reserved {
+                port: 8080,
+                agent: agent.clone()
+            })
+        );
+        assert_eq!(pins(&[("a", 0)]), Err(PinError::Zero { agent }));
+    }
+
+    #[test]
+    fn foreign_ports_are_skipped_until_they_are_due() {
+        let mut allocator = allocator(8100..=8104);
+        let (allocation, mut port) = ask(&mut allocator, "a", None);
+        for held in 8100..=8103 {
+            assert_eq!(port, held);
+            allocator.bind_failed(port, allocation, BindFailure::InUse, START);
+            let next = held + 1;
+            assert_eq!(
+                effects(&mut allocator),
+                [
+                    Effect::Foreign {
+                        port,
+                        failure: BindFailure::InUse
+                    },
+                    Effect::Bind {
+                        port: next,
+                        allocation
+                    },
+                ]
+            );
+            port = next;
+        }
+        allocator.bound(port, allocation);
+        effects(&mut allocator);
+        assert_eq!(allocator.counts().foreign, 4);
+        assert!(matches!(
+            allocator.request(&agent("b"), None, START),
+            Answer::Refused(Refusal::Exhausted { .. })
+        ));
+
+        // Due again: still shown as foreign, but tried.
+        let due = allocator.poll_timeout().unwrap();
+        assert_eq!(due, START + Config::FOREIGN_RETRY);
+        allocator.handle_timeout(due);
+        assert_eq!(allocator.counts().foreign, 4);
+        assert_eq!(allocator.poll_timeout(), None);
+        assert_eq!(connect(&mut allocator, "b").1, 8100);
+        assert_eq!(allocator.counts().foreign, 3);
+    }
+
+    #[test]
+    fn a_range_that_is_all_foreign_refuses_after_the_last_try() {
+        let mut allocator = allocator(8100..=8101);
+        let (allocation, _) = ask(&mut allocator, "a", None);
+        allocator.bind_failed(8100, allocation, BindFailure::Denied, START);
+        allocator.bind_failed(8101, allocation, BindFailure::Other, START);
+        assert_eq!(
+            effects(&mut allocator).last(),
+            Some(&Effect::Refused {
+                allocation,
+                refusal: Refusal::Exhausted {
+                    retry_after: EXHAUSTED_RETRY
+                }
+            })
+        );
+        assert_eq!(allocator.port_of(&agent("a")), None);
+    }
+
+    #[test]
+    fn missing_descriptors_are_not_held_against_the_port() {
+        let mut allocator = allocator(8100..=8101);
+        let (allocation, port) = ask(&mut allocator, "a", None);
+        allocator.bind_failed(port, allocation, BindFailure::Descriptors, START);
+        assert_eq!(
+            effects(&mut allocator),
+            [Effect::Refused {
+                allocation,
+                refusal: Refusal::Descriptors {
+                    retry_after: DESCRIPTORS_RETRY
+                }
+            }]
+        );
+        assert_eq!(allocator.counts().free, 2);
+        assert_eq!(ask(&mut allocator, "a", None).1, 8100);
+    }
+
+    #[test]
+    fn a_takeover_keeps_the_tenancy() {
+        let mut allocator = allocator(8100..=8101);
+        let (allocation, port) = ask(&mut allocator, "a", None);
+        // A second session comes while the port is being opened, a third one afterwards.
+        let again = allocator.request(&agent("a"), None, START);
+        assert_eq!(again, Answer::Opening { allocation });
+        allocator.bound(port, allocation);
+        assert_eq!(
+            effects(&mut allocator),
+            [Effect::Granted { allocation, port }]
+        );
+        assert_eq!(
+            allocator.request(&agent("a"), Some(8101), START),
+            Answer::Ready { allocation, port }
+        );
+        assert_eq!(effects(&mut allocator), []);
+    }
+
+    #[test]
+    fn a_lease_keeps_the_port_for_its_agent() {
+        let mut allocator = Allocator::new(Config {
+            lease: LEASE,
+            ..config(8100..=8100)
+        })
+        .unwrap();
+        let (allocation, port) = connect(&mut allocator, "a");
+        allocator.agent_lost(allocation, START);
+        assert_eq!(effects(&mut allocator), []);
+        assert_eq!(allocator.counts().leased, 1);
+        assert!(matches!(
+            allocator.request(&agent("b"), None, START),
+            Answer::Refused(_)
+        ));
+        let back = START + Duration::from_secs(59);
+        assert_eq!(
+            allocator.request(&agent("a"), None, back),
+            Answer::Ready { allocation, port }
+        );
+        assert_eq!(allocator.poll_timeout(), None);
+
+        // A second loss, reported twice, starts one new lease.
+        allocator.agent_lost(allocation, back);
+        allocator.agent_lost(allocation, back + Duration::from_secs(5));
+        assert_eq!(allocator.poll_timeout(), Some(back + LEASE));
+        allocator.handle_timeout(back + LEASE);
+        assert_eq!(
+            effects(&mut allocator),
+            [
+                Effect::Released { allocation, port },
+                Effect::Close { port, allocation }
+            ]
+        );
+        assert_eq!(connect(&mut allocator, "b").0, Allocation(allocation.0 + 1));
+    }
+
+    #[test]
+    fn an_opening_that_is_given_up_is_closed_and_its_outcome_ignored() {
+        let mut allocator = allocator(8100..=8100);
+        let early = ask(&mut allocator, "a", None);
+        leave(&mut allocator, early);
+        // The port goes to the next agent before the outcome of the first bind arrives.
+        let (allocation, port) = ask(&mut allocator, "b", None);
+        allocator.bound(port, early.0);
+        allocator.bind_failed(port, early.0, BindFailure::InUse, START);
+        allocator.agent_lost(early.0, START);
+        assert_eq!(effects(&mut allocator), []);
+        allocator.bound(port, allocation);
+        allocator.bound(port, allocation);
+        allocator.bind_failed(port, allocation, BindFailure::InUse, START);
+        assert_eq!(
+            effects(&mut allocator),
+            [Effect::Granted { allocation, port }]
+        );
+    }
+
+    #[test]
+    fn a_drain_ends_every_tenancy() {
+        let mut allocator = Allocator::new(Config {
+            lease: LEASE,
+            ..config(8100..=8110)
+        })
+        .unwrap();
+        let serving = connect(&mut allocator, "serving");
+        let leased = connect(&mut allocator, "leased");
+        allocator.agent_lost(leased.0, START);
+        let opening = ask(&mut allocator, "opening", None);
+        allocator.release_all();
+        let expected = [serving, leased, opening].map(|(allocation, port)| {
+            [
+                Effect::Released { allocation, port },
+                Effect::Close { port, allocation },
+            ]
+        });
+        assert_eq!(effects(&mut allocator), expected.as_flattened());
+        assert_eq!(allocator.counts().free, 11);
+        assert_eq!(allocator.poll_timeout(), None);
+    }
+
+    #[derive(Debug, Clone)]
+    enum Op {
+        /// An agent asks, naming a port.
+        Request(u8, Option<u16>),
+        /// The newest tenancy of an agent is lost.
+        Lose(u8),
+        /// The oldest outcomes of binds arrive.
+        Answer(usize),
+        /// Inputs that nobody should send: any port, any number.
+        Stray(u16, u64, BindFailure),
+        /// Another program takes or leaves a port.
+        Hold(u16, bool),
+        /// The process has descriptors, or hasn't.
+        Descriptors(bool),
+        Wait(u64),
+        ReleaseAll,
+    }
+
+    const AGENTS: u8 = 8;
+    const PORTS: RangeInclusive<u16> = 100..=105;
+
+    fn op() -> impl Strategy<Value = Op> {
+        let last = prop_oneof![Just(None), (98..108u16).prop_map(Some)];
+        let failure = prop_oneof![Just(BindFailure::InUse), Just(BindFailure::Descriptors)];
+        prop_oneof![
+            6 => (0..AGENTS, last).prop_map(|(agent, last)| Op::Request(agent, last)),
+            4 => (0..AGENTS).prop_map(Op::Lose),
+            6 => (1..4usize).prop_map(Op::Answer),
+            1 => (98..108u16, 0..40u64, failure).prop_map(|(p, a, f)| Op::Stray(p, a, f)),
+            2 => (PORTS, any::<bool>()).prop_map(|(port, held)| Op::Hold(port, held)),
+            1 => any::<bool>().prop_map(Op::Descriptors),
+            3 => (0..40u64).prop_map(Op::Wait),
+            1 => Just(Op::ReleaseAll),
+        ]
+    }
+
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Phase {
+        Waiting,
+        Granted,
+        Over,
+    }
+
+    /// A kernel, other programs, and the agents' side of the bargain.
+    struct World {
+        allocator: Allocator,
+        now: Duration,
+        held_by_others: BTreeSet<u16>,
+        descriptors: bool,
+        /// What listens where for us.
+        listening: BTreeMap<u16, Allocation>,
+        /// Ports whose last effect was a bind: it can't be bound again before it failed or is
+        /// closed.
+        asked: BTreeMap<u16, Allocation>,
+        outcomes: VecDeque<(u16, Allocation, Result<(), BindFailure>)>,
+        tenancies: BTreeMap<Allocation, (AgentId, Phase)>,
+    }
+
+    impl World {
+        fn new(lease: Duration) -> Self {
+            let mut config = config(PORTS);
+            config.lease = lease;
+            config.pinned = [(agent("agent-0"), 103), (agent("agent-1"), 107)].into();
+            config.reserved = [104].into();
+            Self {
+                allocator: Allocator::new(config).unwrap(),
+                now: START,
+                held_by_others: BTreeSet::new(),
+                descriptors: true,
+                listening: BTreeMap::new(),
+                asked: BTreeMap::new(),
+                outcomes: VecDeque::new(),
+                tenancies: BTreeMap::new(),
+            }
+        }
+
+        fn apply(&mut self, op: Op) {
+            match op {
+                Op::Request(number, last) => {
+                    let id = agent(&format!("agent-{number}"));
+                    match self.allocator.request(&id, last, self.now) {
+                        Answer::Ready { allocation, port } => {
+                            let tenancy = Some(&(id, Phase::Granted));
+                            // Leases that were due have been ended by the same call.
+                            self.perform();
+                            assert_eq!(self.tenancies.get(&allocation), tenancy);
+                            assert_eq!(self.listening.get(&port), Some(&allocation));
+                        }
+                        Answer::Opening { allocation } => {
+                            let known = self
+                                .tenancies
+                                .entry(allocation)
+                                .or_insert((id.clone(), Phase::Waiting));
+                            assert_eq!(*known, (id, Phase::Waiting));
+                        }
+                        Answer::Refused(refusal) => {
+                            assert!(refusal.retry_after() >= SHORTEST_RETRY);
+                        }
+                    }
+                }
+                Op::Lose(number) => {
+                    let id = agent(&format!("agent-{number}"));
+                    let newest = self.tenancies.iter().rfind(|(_, (owner, _))| *owner == id);
+                    if let Some((&allocation, _)) = newest {
+                        self.allocator.agent_lost(allocation, self.now);
+                    }
+                }
+                Op::Answer(count) => {
+                    for _ in 0..count {
+                        self.answer();
+                    }
+                }
+                Op::Stray(port, number, failure) => {
+                    // A bind that is under way has exactly one outcome, which is not ours here.
+                    let allocation = Allocation(number);
+                    if self.asked.get(&port) != Some(&allocation) {
+                        self.allocator.bound(port, allocation);
+                        self.allocator
+                            .bind_failed(port, allocation, failure, self.now);
+                    }
+                }
+                Op::Hold(port, held) => {
+                    if held && !self.listening.contains_key(&port) {
+                        self.held_by_others.insert(port);
+                    } else {
+                        self.held_by_others.remove(&port);
+                    }
+                }
+                Op::Descriptors(enough) => self.descriptors = enough,
+                Op::Wait(seconds) => {
+                    self.now += Duration::from_secs(seconds);
+                    self.allocator.handle_timeout(self.now);
+                    assert!(self.allocator.poll_timeout().is_none_or(|at| at > self.now));
+                }
+                Op::ReleaseAll => self.allocator.release_all(),
+            }
+            self.perform();
+            self.check();
+        }
+
+        fn answer(&mut self) {
+            if let Some((port, allocation, outcome)) = self.outcomes.pop_front() {
+                match outcome {
+                    Ok(()) => self.allocator.bound(port, allocation),
+                    Err(failure) => {
+                        if self.asked.get(&port) == Some(&allocation) {
+                            self.asked.remove(&port);
+                        }
+                        self.allocator
+                            .bind_failed(port, allocation, failure, self.now);
+                    }
+                }
+                self.perform();
+            }
+        }
+
+        /// Does what the allocator asks, at once and in order; outcomes arrive later.
+        fn perform(&mut self) {
+            while let Some(effect) = self.allocator.poll_effect() {
+                match effect {
+                    Effect::Bind { port, allocation } => {
+                        assert_eq!(self.asked.insert(port, allocation), None, "bound twice");
+                        let outcome = if self.held_by_others.contains(&port) {
+                            Err(BindFailure::InUse)
+                        } else if !self.descriptors {
+                            Err(BindFailure::Descriptors)
+                        } else {
+                            assert_eq!(self.listening.insert(port, allocation), None);
+                            Ok(())
+                        };
+                        self.outcomes.push_back((port, allocation, outcome));
+                    }
+                    Effect::Close { port, allocation } => {
+                        assert_eq!(self.asked.remove(&port), Some(allocation));
+                        self.listening.remove(&port);
+                    }
+                    Effect::Granted { allocation, port } => {
+                        assert_eq!(self.listening.get(&port), Some(&allocation));
+                        let (_, phase) = self.tenancies.get_mut(&allocation).unwrap();
+                        assert_eq!(*phase, Phase::Waiting);
+                        *phase = Phase::Granted;
+                    }
+                    Effect::Refused { allocation, .. } => {
+                        let (_, phase) = self.tenancies.get_mut(&allocation).unwrap();
+                        assert_eq!(*phase, Phase::Waiting);
+                        *phase = Phase::Over;
+                    }
+                    Effect::Released { allocation, .. } => {
+                        let (_, phase) = self.tenancies.get_mut(&allocation).unwrap();
+                        assert_ne!(*phase, Phase::Over, "ended twice");
+                        *phase = Phase::Over;
+                    }
+                    Effect::Foreign { port, .. } => {
+                        assert!(!self.listening.contains_key(&port));
+                    }
+                }
+            }
+        }
+
+        fn check(&self) {
+            let mut counts = Counts::default();
+            let mut tenants = BTreeSet::new();
+            let mut running = BTreeSet::new();
+            for view in self.allocator.ports() {
+                *counts.of(view.state) += 1;
+                if let Some((id, allocation)) = view.tenant {
+                    assert!(tenants.insert(id.clone()), "{id} has two ports");
+                    assert!(running.insert(allocation));
+                    let pin = match id.as_str() {
+                        "agent-0" => Some(103),
+                        "agent-1" => Some(107),
+                        _ => None,
+                    };
+                    match pin {
+                        Some(pin) => assert_eq!(view.port, pin),
+                        None => assert!(![103, 104, 107].contains(&view.port)),
+                    }
+                }
+                let bound = self.listening.get(&view.port);
+                match view.state {
+                    PortState::Serving | PortState::Leased => {
+                        assert_eq!(
+                            bound,
+                            view.tenant.map(|(_, allocation)| allocation).as_ref()
+                        );
+                    }
+                    PortState::Free | PortState::Foreign => assert_eq!(bound, None),
+                    PortState::Opening => {}
+                }
+            }
+            assert_eq!(counts, self.allocator.counts());
+            let open: BTreeSet<_> = self
+                .tenancies
+                .iter()
+                .filter(|(_, (_, phase))| *phase != Phase::Over)
+                .map(|(&allocation, _)| allocation)
+                .collect();
+            assert_eq!(
+                running, open,
+                "a tenancy without an end, or ended in secret"
+            );
+            assert!(self.allocator.remembered.len() <= self.allocator.slots.len());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_happens_each_port_has_one_tenant_and_each_tenancy_one_end(
+            leased in any::<bool>(),
+            ops in prop::collection::vec(op(), 1..200),
+        ) {
+            let mut world = World::new(if leased { Duration::from_secs(20) } else { Duration::ZERO });
+            for op in ops {
+                world.apply(op);
+            }
+
+            world.apply(Op::ReleaseAll);
+            world.apply(Op::Answer(usize::from(u16::MAX).min(world.outcomes.len())));
+            world.apply(Op::Wait(Config::FOREIGN_RETRY.as_secs()));
+            assert!(world.listening.is_empty() && world.asked.is_empty());
+            let counts = world.allocator.counts();
+            assert_eq!((counts.opening, counts.serving, counts.leased), (0, 0, 0));
+            assert!(world.allocator.held.is_empty() && world.allocator.tenancies.is_empty());
+            assert!(world.allocator.timers.is_empty());
+            assert!(world.tenancies.values().all(|(_, phase)| *phase == Phase::Over));
+        }
+    }
+}

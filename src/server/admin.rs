@@ -28,7 +28,7 @@ use axum::routing::get;
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
 use http::{HeaderMap, StatusCode};
-use http_body::{Frame, SizeHint};
+use http_body::Frame;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Serialize, Serializer};
 use tokio::net::TcpStream;
@@ -566,10 +566,6 @@ impl http_body::Body for AgentList {
 
     fn is_end_stream(&self) -> bool {
         self.first.is_none() && self.stage == Stage::Done
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        SizeHint::default()
     }
 }
 

@@ -14,7 +14,7 @@ use crate::id::{AgentId, Generation};
 pub use crate::metrics::AgentStats;
 
 /// One agent and its port.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Row {
     /// Whose port it is.
     pub agent_id: AgentId,

@@ -1,4 +1,370 @@
-//! The server.
+//! The server: accepts agents and their visitors, and carries the visitors' requests to the agents.
+//!
+//! ```text
+//!            accept task                        worker threads, a one-thread runtime each
+//!   :9090 ─┐                     ┌─ Agents ───► HTTP/2 ─► session ─► registry.join ─► link
+//!   :8100 ─┼─► acceptor ─► route ┤                                                     │
+//!   :8101 ─┘        ▲            └─ Visitors ─► HTTP/1 ─► ingress ─► tenancy.link() ───┘
+//!                   │ bind, close
+//!               registry (allocator, members) ─── every 50 ms ───► directory ◄── admin thread
+//! ```
 
 pub mod admin;
 pub mod directory;
+mod ingress;
+pub mod registry;
+mod respond;
+mod session;
+mod tenancy;
+mod visitor;
+mod worker;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime};
+
+use dashmap::DashMap;
+use thiserror::Error;
+use tokio::sync::{Notify, mpsc};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use self::admin::{Admin, AdminState, Readiness};
+use self::directory::Directory;
+use self::registry::Registry;
+use self::worker::{Job, JobSender, Shared, Worker};
+use crate::config::ServerConfig;
+use crate::headers::RequestIds;
+use crate::metrics::{Metrics, Refusal};
+use crate::mux::Pool;
+use crate::net::acceptor::{Accepted, Acceptor, AcceptorHandle, Command, Listener, Sink};
+use crate::ports::PinError;
+
+/// Under this number the accept task knows the tunnel port.
+const TUNNEL_LISTENER: u64 = 0;
+
+/// How often a draining server looks whether everything has come to rest.
+const REST_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Why a server could not be started.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// A port of the server's own could not be bound.
+    #[error("cannot listen on {address} ({setting}): {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The setting that names it.
+        setting: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The pinned ports contradict each other or the server's own.
+    #[error("http.static_ports: {0}")]
+    Pins(#[from] PinError),
+    /// A thread or its runtime could not be set up.
+    #[error("cannot start: {0}")]
+    Threads(#[from] io::Error),
+}
+
+/// A running server. Dropping it leaves its threads running; end it by [`Server::shutdown`].
+pub struct Server {
+    admin_address: SocketAddr,
+    tunnel_address: SocketAddr,
+    shared: Arc<Shared>,
+    readiness: Arc<Readiness>,
+    acceptor: AcceptorHandle,
+    workers: Vec<Arc<Worker>>,
+    stop_workers: CancellationToken,
+    stop_admin: CancellationToken,
+    threads: Vec<JoinHandle<()>>,
+    admin: Admin,
+}
+
+impl Server {
+    /// Binds the admin and the tunnel port, and starts the threads. It serves when this returns.
+    pub fn start(config: ServerConfig) -> Result<Self, StartError> {
+        let admin_listener = listen(config.http.host, config.http.port, "http.port")?;
+        let tunnel_listener = listen(config.grpc.host, config.grpc.port, "grpc.port")?;
+        let admin_address = admin_listener.local_addr()?;
+        let tunnel_address = tunnel_listener.local_addr()?;
+
+        let worker_count = config.server.workers.map_or_else(
+            || std::thread::available_parallelism().map_or(1, usize::from),
+            |count| count.max(1),
+        );
+        let metrics = Metrics::new(worker_count, SystemTime::now());
+        let directory = Directory::new();
+        let readiness = Readiness::new();
+        let serving = readiness.step("acceptor");
+        let reserved = BTreeSet::from([admin_address.port(), tunnel_address.port()]);
+        let registry = Registry::new(&config, reserved, directory.clone(), metrics.clone())?;
+        let shared = Arc::new(Shared {
+            pool: Pool::new(config.server.max_buffered),
+            visitors: AtomicUsize::new(0),
+            addresses: config
+                .http
+                .max_connections_per_address
+                .map(|_| DashMap::new()),
+            handshakes: AtomicUsize::new(0),
+            sweeps: (0..worker_count).map(|_| Arc::new(Notify::new())).collect(),
+            metrics: metrics.clone(),
+            registry: registry.clone(),
+            config,
+        });
+
+        let mut workers = Vec::new();
+        let mut queues = Vec::new();
+        let mut receivers = Vec::new();
+        for index in 0..worker_count {
+            let (worker, sender, jobs) = Worker::new(index, shared.clone(), request_ids()?);
+            workers.push(worker);
+            queues.push(sender);
+            receivers.push(jobs);
+        }
+        let dispatcher = Dispatcher {
+            shared: shared.clone(),
+            queues,
+        };
+        let (mut acceptor, handle) = Acceptor::new(shared.config.http.agent_host, dispatcher)?;
+        acceptor.adopt(tunnel_listener, TUNNEL_LISTENER)?;
+        registry.set_acceptor(handle.clone());
+
+        let stop_workers = CancellationToken::new();
+        let stop_admin = CancellationToken::new();
+        let house_registry = registry.clone();
+        let accept = async move {
+            let house = std::pin::pin!(house_registry.keep_house());
+            let accepting = std::pin::pin!(acceptor.run());
+            let ended = futures_util::future::select(accepting, house).await;
+            if let futures_util::future::Either::Left((Err(error), _)) = ended {
+                error!(%error, "the accept task failed; no more connections are taken");
+            }
+        };
+        let mut accept = Some(accept);
+        let mut threads = Vec::new();
+        for (worker, jobs) in workers.iter().zip(receivers) {
+            // With one worker the accept task runs beside it: a thread of its own would only
+            // take turns with it.
+            let accept = (worker_count == 1).then(|| accept.take()).flatten();
+            let (worker, stop) = (worker.clone(), stop_workers.clone());
+            let name = format!("silo-worker-{}", worker.index());
+            threads.push(spawn(name, async move {
+                if let Some(accept) = accept {
+                    tokio::spawn(accept);
+                }
+                tokio::select! {
+                    () = worker.run(jobs) => {}
+                    () = stop.cancelled() => {}
+                }
+            })?);
+        }
+        if let Some(accept) = accept {
+            let stop = stop_workers.clone();
+            threads.push(spawn("silo-accept".into(), async move {
+                tokio::select! {
+                    () = accept => {}
+                    () = stop.cancelled() => {}
+                }
+            })?);
+        }
+        let state = AdminState {
+            directory,
+            metrics,
+            readiness: readiness.clone(),
+            api_key: shared.config.http.admin_api_key.clone(),
+        };
+        let admin = Admin::start(admin_listener, state, stop_admin.clone().cancelled_owned())?;
+        serving.release();
+        info!(
+            admin = %admin_address,
+            tunnel = %tunnel_address,
+            ports = %format_args!(
+                "{}-{}",
+                shared.config.http.agent_port_range.start(),
+                shared.config.http.agent_port_range.end()
+            ),
+            workers = worker_count,
+            "server started"
+        );
+        if shared.config.grpc.auth.is_open() && !tunnel_address.ip().is_loopback() {
+            info!("no credential is configured: agents are accepted from this host only");
+        }
+        Ok(Self {
+            admin_address,
+            tunnel_address,
+            shared,
+            readiness,
+            acceptor: handle,
+            workers,
+            stop_workers,
+            stop_admin,
+            threads,
+            admin,
+        })
+    }
+
+    /// The admin port.
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// The tunnel port.
+    pub fn tunnel_address(&self) -> SocketAddr {
+        self.tunnel_address
+    }
+
+    /// The counters.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.shared.metrics
+    }
+
+    /// Drains and ends the server: it isn't ready any more, its ports close, kept-alive
+    /// connections are told to, running exchanges have `server.grace` to finish, the rest is cut.
+    /// Returns as soon as nothing is running.
+    pub async fn shutdown(self) {
+        info!("draining");
+        self.readiness.drain();
+        let sessions = self.shared.registry.drain();
+        self.acceptor.wake();
+        for session in &sessions {
+            session.link().drain();
+        }
+        for worker in &self.workers {
+            worker.wind_down();
+        }
+        let at_rest = async {
+            let mut looks = tokio::time::interval(REST_INTERVAL);
+            let metrics = &self.shared.metrics;
+            while metrics.level(|worker| &worker.connections_open) > 0 {
+                looks.tick().await;
+            }
+        };
+        if tokio::time::timeout(self.shared.config.server.grace, at_rest)
+            .await
+            .is_err()
+        {
+            let cut = self.shared.metrics.level(|worker| &worker.exchanges_open);
+            warn!(exchanges = cut, "grace is over, the rest is cut");
+        }
+        for session in &sessions {
+            session.shut_down();
+        }
+        // The farewells are a write each; a peer that doesn't take it shall not hold us up.
+        let _ = tokio::time::timeout(Duration::from_secs(1), async {
+            let mut looks = tokio::time::interval(REST_INTERVAL);
+            let metrics = &self.shared.metrics;
+            while metrics.level(|worker| &worker.tunnels_open) > 0 {
+                looks.tick().await;
+            }
+        })
+        .await;
+        self.acceptor.shutdown();
+        self.stop_workers.cancel();
+        self.stop_admin.cancel();
+        let Self { threads, admin, .. } = self;
+        let joined = tokio::task::spawn_blocking(move || {
+            for thread in threads {
+                if thread.join().is_err() {
+                    error!("a worker thread panicked");
+                }
+            }
+            admin.join();
+        });
+        if joined.await.is_err() {
+            error!("could not wait for the threads' end");
+        }
+        info!("stopped");
+    }
+}
+
+/// Hands what is accepted to the workers.
+struct Dispatcher {
+    shared: Arc<Shared>,
+    queues: Vec<JobSender>,
+}
+
+impl Sink for Dispatcher {
+    fn next_command(&mut self) -> Option<Command> {
+        self.shared.registry.next_command()
+    }
+
+    fn opened(&mut self, port: u16, key: u64, outcome: io::Result<()>) {
+        self.shared.registry.opened(port, key, outcome);
+    }
+
+    fn accepted(&mut self, listener: Listener, batch: Vec<Accepted>) {
+        let count = batch.len();
+        let (index, job) = match listener {
+            Listener::Port { port, key } => match self.shared.registry.route(port, key) {
+                Some(tenancy) => (tenancy.worker(), Job::Visitors(tenancy, batch)),
+                None => return self.refused(0, Refusal::NoTenant, count),
+            },
+            Listener::Adopted(_) => (self.least_loaded(), Job::Agents(batch)),
+        };
+        match self.queues[index].try_send(job) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                self.refused(index, Refusal::QueueFull, count);
+            }
+            // The server is ending.
+            Err(mpsc::error::TrySendError::Closed(_)) => {}
+        }
+    }
+}
+
+impl Dispatcher {
+    /// The worker that new tunnels go to: the one with the fewest.
+    fn least_loaded(&self) -> usize {
+        (0..self.queues.len())
+            .min_by_key(|index| self.shared.metrics.worker(*index).tunnels_open.get())
+            .unwrap_or(0)
+    }
+
+    fn refused(&self, worker: usize, reason: Refusal, count: usize) {
+        for _ in 0..count {
+            self.shared
+                .metrics
+                .worker(worker)
+                .connections_refused
+                .inc(reason);
+        }
+    }
+}
+
+fn listen(
+    host: IpAddr,
+    port: u16,
+    setting: &'static str,
+) -> Result<std::net::TcpListener, StartError> {
+    let address = SocketAddr::new(host, port);
+    crate::net::listen(address).map_err(|source| StartError::Listen {
+        address,
+        setting,
+        source,
+    })
+}
+
+fn request_ids() -> io::Result<RequestIds> {
+    let mut seed = [0; 16];
+    getrandom::fill(&mut seed).map_err(io::Error::other)?;
+    Ok(RequestIds::new(seed))
+}
+
+/// Runs a future on a thread and one-thread runtime of its own. When it ends, so do the tasks it
+/// has spawned.
+fn spawn(
+    name: String,
+    future: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    std::thread::Builder::new()
+        .name(name)
+        .spawn(move || runtime.block_on(future))
+}

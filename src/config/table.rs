@@ -1,0 +1,698 @@
+//! Every setting, declared once.
+
+use std::fmt;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use super::value;
+
+/// Whose settings: a server and an agent have a file each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// `silo-proxy server`.
+    Server,
+    /// `silo-proxy agent`.
+    Agent,
+}
+
+impl Role {
+    /// The other one.
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::Server => Self::Agent,
+            Self::Agent => Self::Server,
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Server => "server",
+            Self::Agent => "agent",
+        })
+    }
+}
+
+/// One setting.
+#[derive(Debug)]
+pub struct Setting {
+    /// Its path in the file, such as `http.port`.
+    pub path: &'static str,
+    /// What may stand there.
+    pub kind: Kind,
+    /// What holds when nobody sets it, as it would be written.
+    pub preset: Preset,
+    /// What it is for, and why that default.
+    pub about: &'static str,
+}
+
+/// What holds when nobody sets a [`Setting`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Preset {
+    /// This value.
+    Value(&'static str),
+    /// Nothing; `example` shows what could be set, `meaning` what happens without.
+    Unset {
+        /// A value as it would be written.
+        example: &'static str,
+        /// A few words for the table.
+        meaning: &'static str,
+    },
+    /// It must be set; the text is an example.
+    Required(&'static str),
+}
+
+/// What may stand in a [`Setting`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A level or directives, see [`Filter`](crate::telemetry::Filter).
+    Level,
+    /// An IP address, or `localhost`.
+    Address,
+    /// A DNS name or an IP address.
+    Host,
+    /// A host and a port.
+    HostPort,
+    /// An [`AgentId`](crate::id::AgentId).
+    Id,
+    /// A [`ServiceUrl`](super::ServiceUrl).
+    Url,
+    /// A [`HostHeader`](super::HostHeader).
+    HostHeader,
+    /// `true` or `false`.
+    Flag,
+    /// A whole number from `min` to `max`.
+    Count {
+        /// The smallest.
+        min: u64,
+        /// The largest.
+        max: u64,
+        /// Whether `off` may stand there too.
+        off: bool,
+    },
+    /// Bytes, such as `64KiB`, from `min` to `max`.
+    Size {
+        /// The smallest.
+        min: u64,
+        /// The largest.
+        max: u64,
+        /// Whether `off` may stand there too.
+        off: bool,
+    },
+    /// A time, such as `30s`, from `min` to `max`.
+    Time {
+        /// The shortest.
+        min: Duration,
+        /// The longest.
+        max: Duration,
+    },
+    /// A credential; may come from a file.
+    Secret,
+    /// Agent ids with a credential each; may come from a file.
+    Tokens,
+    /// Agent ids with a port each.
+    Ports,
+    /// Addresses and blocks of addresses.
+    Networks,
+    /// A file of certificates.
+    Certificates,
+    /// Documented, but not in this version: refused with everything below it.
+    NotBuilt,
+}
+
+impl Kind {
+    /// Whether the value may also come from the file that `…_file` names.
+    pub fn from_file(self) -> bool {
+        matches!(self, Self::Secret | Self::Tokens)
+    }
+}
+
+/// The largest port.
+const PORT: u64 = u16::MAX as u64;
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const TIB: u64 = 1 << 40;
+
+const fn count(min: u64, max: u64) -> Kind {
+    Kind::Count {
+        min,
+        max,
+        off: false,
+    }
+}
+
+const fn size(min: u64, max: u64) -> Kind {
+    Kind::Size {
+        min,
+        max,
+        off: false,
+    }
+}
+
+/// A time that may not be zero: nothing can happen within it.
+const fn time() -> Kind {
+    Kind::Time {
+        min: Duration::from_millis(1),
+        max: DAY,
+    }
+}
+
+/// A time that may be zero: it is waited for, or not.
+const fn wait() -> Kind {
+    Kind::Time {
+        min: Duration::ZERO,
+        max: DAY,
+    }
+}
+
+const fn setting(
+    path: &'static str,
+    kind: Kind,
+    default: &'static str,
+    about: &'static str,
+) -> Setting {
+    let preset = Preset::Value(default);
+    Setting {
+        path,
+        kind,
+        preset,
+        about,
+    }
+}
+
+const fn unset(
+    path: &'static str,
+    kind: Kind,
+    meaning: &'static str,
+    example: &'static str,
+    about: &'static str,
+) -> Setting {
+    let preset = Preset::Unset { example, meaning };
+    Setting {
+        path,
+        kind,
+        preset,
+        about,
+    }
+}
+
+const fn required(
+    path: &'static str,
+    kind: Kind,
+    example: &'static str,
+    about: &'static str,
+) -> Setting {
+    let preset = Preset::Required(example);
+    Setting {
+        path,
+        kind,
+        preset,
+        about,
+    }
+}
+
+const fn not_built(path: &'static str, about: &'static str) -> Setting {
+    unset(path, Kind::NotBuilt, "", "", about)
+}
+
+const LEVEL: Setting = setting(
+    "log.level",
+    Kind::Level,
+    "info",
+    "What is logged to standard error: `off`, `error`, `warn`, `info`, `debug` or `trace`, or directives such as `info,silo_proxy::mux=trace`. At `info` an agent's coming and going is logged, a request is not.",
+);
+
+const LOG_FORMAT: Setting = not_built("log.format", "Lines for people, or JSON for machines.");
+
+const fn grace(path: &'static str) -> Setting {
+    setting(
+        path,
+        wait(),
+        "5s",
+        "How long running requests may go on after SIGTERM or Ctrl-C; then they are cut. Service managers kill after 10 s to 90 s.",
+    )
+}
+
+static SERVER: &[Setting] = &[
+    LEVEL,
+    LOG_FORMAT,
+    setting(
+        "http.host",
+        Kind::Address,
+        "127.0.0.1",
+        "Address of the admin port. Anything but loopback needs `http.admin_api_key`: the list of agents is nobody else's business.",
+    ),
+    setting(
+        "http.port",
+        count(0, PORT),
+        "8080",
+        "The admin port: `/health`, `/ready`, `/agents`, `/metrics`. 0 lets the kernel choose.",
+    ),
+    unset(
+        "http.admin_api_key",
+        Kind::Secret,
+        "none",
+        "change-me",
+        "What callers of the admin port must send as `X-API-Key` or `Authorization: Bearer`.",
+    ),
+    setting(
+        "http.agent_host",
+        Kind::Address,
+        "::",
+        "Address of the agents' ports. `::` is every address, IPv4 included: these ports are there to be reached.",
+    ),
+    unset(
+        "http.public_host",
+        Kind::Host,
+        "the host by which the agent reached the server",
+        "proxy.example.com",
+        "The host in the URL that an agent is told and prints, without a port.",
+    ),
+    setting(
+        "http.agent_port_range.start",
+        count(1, PORT),
+        "8100",
+        "First port for agents. One is opened when an agent needs it, not before.",
+    ),
+    setting(
+        "http.agent_port_range.end",
+        count(1, PORT),
+        "8200",
+        "Last port for agents, inclusive; the range holds one agent a port. Keep it clear of `net.ipv4.ip_local_port_range`.",
+    ),
+    unset(
+        "http.static_ports",
+        Kind::Ports,
+        "none",
+        "{agent-1: 8100, agent-2: 9000}",
+        "Ports that belong to one agent id alone, inside the range or outside it.",
+    ),
+    setting(
+        "http.port_lease",
+        wait(),
+        "0s",
+        "How long a port stays its agent's after the agent is gone; visitors get 503 meanwhile. With 0 it is free at once.",
+    ),
+    unset(
+        "http.trusted_proxies",
+        Kind::Networks,
+        "none",
+        "[127.0.0.1, 10.0.0.0/8]",
+        "Visitors whose own `X-Forwarded-*`, `Forwarded` and `X-Real-IP` are believed: addresses and blocks. Everybody can write those lines, so nobody is believed by default.",
+    ),
+    setting(
+        "http.max_exchanges_per_agent",
+        count(1, 1 << 20),
+        "16384",
+        "Requests in flight to one agent; more get 503. Enough for a burst of 10,000, and each holds a few KiB at most while it waits.",
+    ),
+    setting(
+        "http.max_connections",
+        count(1, 10_000_000),
+        "100000",
+        "Visitors' connections in all. Each costs a file descriptor and some KiB.",
+    ),
+    setting(
+        "http.max_connections_per_agent",
+        count(1, 10_000_000),
+        "20000",
+        "Visitors' connections to one agent's port, so that one busy port leaves room for the others.",
+    ),
+    setting(
+        "http.max_connections_per_address",
+        Kind::Count {
+            min: 1,
+            max: 10_000_000,
+            off: true,
+        },
+        "off",
+        "Visitors' connections from one address. Off, because a reverse proxy or a NAT in front makes one address carry everybody.",
+    ),
+    setting(
+        "http.max_request_line",
+        size(64, MIB),
+        "8KiB",
+        "Longest request line; longer ones get 414. What nginx and Apache allow.",
+    ),
+    setting(
+        "http.max_head",
+        size(KIB, MIB),
+        "64KiB",
+        "Most bytes of a request line with its header lines; more get 431.",
+    ),
+    setting(
+        "http.max_header_lines",
+        count(1, 10_000),
+        "100",
+        "Most header lines of a request; more get 431. Browsers send about 20.",
+    ),
+    setting(
+        "http.head_timeout",
+        time(),
+        "10s",
+        "From a request's first byte to the end of its head, so that a slow sender holds no connection for long.",
+    ),
+    setting(
+        "http.body_timeout",
+        time(),
+        "60s",
+        "Longest silence in the middle of a request's body. The body as a whole may take any time.",
+    ),
+    setting(
+        "http.idle_timeout",
+        time(),
+        "75s",
+        "How long a connection is kept between two requests. Longer than the 60 s after which common load balancers close, so that they close first.",
+    ),
+    setting(
+        "http.send_timeout",
+        time(),
+        "120s",
+        "How long a visitor may take no byte of an answer that is waiting for him.",
+    ),
+    setting(
+        "http.max_body",
+        Kind::Size {
+            min: 1,
+            max: TIB,
+            off: true,
+        },
+        "off",
+        "Largest body of a request; larger ones get 413. Off, because bodies are streamed and cost no memory.",
+    ),
+    not_built("http.state_file", "Where leases survive a restart."),
+    not_built("http.cors", "CORS answers on the agents' ports."),
+    not_built("http.access_log", "One line a request."),
+    setting(
+        "grpc.host",
+        Kind::Address,
+        "::",
+        "Address of the tunnel port. `::` is every address, IPv4 included; without a credential in `grpc.auth`, agents on other hosts are rejected all the same.",
+    ),
+    setting(
+        "grpc.port",
+        count(0, PORT),
+        "9090",
+        "The tunnel port, to which agents connect. 0 lets the kernel choose.",
+    ),
+    unset(
+        "grpc.auth.shared_token",
+        Kind::Secret,
+        "none",
+        "change-me",
+        "A credential for every agent id without one of its own. Its holders trust each other: each can take any such id.",
+    ),
+    unset(
+        "grpc.auth.tokens",
+        Kind::Tokens,
+        "none",
+        "{agent-1: change-me, agent-2: change-me-too}",
+        "Credentials bound to one agent id each. Such an id takes no other, the shared one included.",
+    ),
+    not_built(
+        "grpc.tls",
+        "TLS on the tunnel port, with client certificates.",
+    ),
+    setting(
+        "grpc.handshake_timeout",
+        time(),
+        "10s",
+        "From an agent's connection to its hello, so that strangers hold no connection for long.",
+    ),
+    setting(
+        "grpc.max_handshakes",
+        count(1, 1_000_000),
+        "1024",
+        "Connections that have not said who they are yet, in all. Thousands of agents that come back at once pass through in turns.",
+    ),
+    setting(
+        "grpc.heartbeat_interval",
+        time(),
+        "10s",
+        "How long a tunnel may be silent before a heartbeat is sent. Short enough to keep a NAT's entry alive.",
+    ),
+    setting(
+        "grpc.heartbeat_timeout",
+        time(),
+        "30s",
+        "Without a byte for so long a tunnel is dead: three heartbeats were lost. Must be longer than the interval.",
+    ),
+    setting(
+        "server.workers",
+        count(0, 1024),
+        "0",
+        "Worker threads; 0 is as many as there are cores.",
+    ),
+    grace("server.grace"),
+    setting(
+        "server.max_buffered",
+        size(16 * MIB, TIB),
+        "1GiB",
+        "Bytes that the process promises to hold for all requests in flight together; requests beyond get 503. Only visitors or services that stop reading make it hold them.",
+    ),
+    setting(
+        "server.max_buffered_per_agent",
+        size(MIB, TIB),
+        "512MiB",
+        "The same for one agent, so that it can't take all. If `server.max_buffered` is set to less, that counts.",
+    ),
+];
+
+static AGENT: &[Setting] = &[
+    LEVEL,
+    LOG_FORMAT,
+    required(
+        "grpc.server_address",
+        Kind::HostPort,
+        "proxy.example.com:9090",
+        "Host and port of the server's tunnel port. Without a port it is 9090.",
+    ),
+    required(
+        "grpc.agent_id",
+        Kind::Id,
+        "agent-1",
+        "The id of this agent: letters, digits, `.`, `_` and `-`, in lower case, at most 63.",
+    ),
+    unset(
+        "grpc.token",
+        Kind::Secret,
+        "none",
+        "change-me",
+        "The credential for that id, as the server's `grpc.auth` has it. Not needed on the server's own host while the server has none.",
+    ),
+    not_built("grpc.tls", "TLS to the server, with a client certificate."),
+    setting(
+        "grpc.heartbeat_timeout",
+        time(),
+        "30s",
+        "Without a byte from the server for so long the tunnel is dead. The server's welcome replaces it by its own value.",
+    ),
+    required(
+        "local.service_url",
+        Kind::Url,
+        "http://127.0.0.1:3000",
+        "The local service: `http` or `https`, a host, a port. No path, because requests arrive with the path the visitor sent; no user name and no query. The agent connects to nothing else.",
+    ),
+    setting(
+        "local.host_header",
+        Kind::HostHeader,
+        "preserve",
+        "What the service sees as `Host`: `preserve` is what the visitor sent, `target` the host of the URL, anything else is taken as it is.",
+    ),
+    setting(
+        "local.response_timeout",
+        time(),
+        "60s",
+        "From handing a request to the service to the head of its answer; then the visitor gets 504. What nginx waits.",
+    ),
+    setting(
+        "local.connect_timeout",
+        time(),
+        "5s",
+        "For a connection to the service. It is near: what takes longer is not there.",
+    ),
+    setting(
+        "local.idle_timeout",
+        time(),
+        "60s",
+        "How long an unused connection to the service is kept. Best shorter than the service's own time (nginx: 75 s), or a request may meet a connection that the service just closed.",
+    ),
+    setting(
+        "local.max_connections",
+        count(1, 65_536),
+        "256",
+        "Requests that the service gets at once; others wait in order. Small services do no better with more.",
+    ),
+    unset(
+        "local.tls.ca_file",
+        Kind::Certificates,
+        "the system's certificates",
+        "ca.pem",
+        "PEM file with the only certificates that may sign an `https` service's.",
+    ),
+    unset(
+        "local.tls.server_name",
+        Kind::Host,
+        "the host of the URL",
+        "service.internal",
+        "The name that an `https` service's certificate must bear.",
+    ),
+    setting(
+        "local.tls.insecure",
+        Kind::Flag,
+        "false",
+        "Take any certificate of an `https` service. Whoever can answer in its place then reads everything.",
+    ),
+    grace("agent.grace"),
+];
+
+/// The sections, for headings in the examples.
+static SECTIONS: &[(Role, &str, &str)] = &[
+    (Role::Server, "log", "Logging"),
+    (
+        Role::Server,
+        "http",
+        "The admin port, the agents' ports, and the limits of their visitors",
+    ),
+    (Role::Server, "grpc", "The tunnel port"),
+    (Role::Server, "server", "The process as a whole"),
+    (Role::Agent, "log", "Logging"),
+    (Role::Agent, "grpc", "The way to the server"),
+    (Role::Agent, "local", "The service behind this agent"),
+    (Role::Agent, "agent", "The process as a whole"),
+];
+
+/// Every setting of `role`, in the order of the file.
+pub fn table(role: Role) -> &'static [Setting] {
+    match role {
+        Role::Server => SERVER,
+        Role::Agent => AGENT,
+    }
+}
+
+/// The name of a setting in the environment: `SILO_HTTP_PORT` for `http.port`.
+pub fn environment_name(path: &str) -> String {
+    format!("SILO_{}", path.replace('.', "_").to_ascii_uppercase())
+}
+
+/// The settings of `role` as a Markdown table, for the README.
+pub fn markdown(role: Role) -> String {
+    let mut text = String::from("| Setting | Default | Value | What it is for |\n");
+    text.push_str("| --- | --- | --- | --- |\n");
+    for setting in table(role) {
+        let default = match setting.preset {
+            Preset::Value(value) => format!("`{value}`"),
+            Preset::Unset { meaning, .. } => meaning.to_owned(),
+            Preset::Required(_) => "must be set".to_owned(),
+        };
+        let path = match setting.kind.from_file() {
+            true => format!("`{0}`, `{0}_file`", setting.path),
+            false => format!("`{}`", setting.path),
+        };
+        let Setting { kind, about, .. } = setting;
+        // Writing to a `String` can't fail.
+        let _ = writeln!(text, "| {path} | {default} | {kind} | {about} |");
+    }
+    text
+}
+
+/// An annotated file for `role` with every setting of this version: what must be set is, the
+/// rest is commented out with its default or an example.
+pub fn example(role: Role) -> String {
+    let mut text = format!(
+        "# Settings of a silo-proxy {role}. What is commented out shows the default, or an example\n\
+         # where it says so. Every setting can also come from the environment, which goes before\n\
+         # the file: SILO_HTTP_PORT is http.port.\n"
+    );
+    let mut open: Vec<&str> = Vec::new();
+    for setting in table(role) {
+        if setting.kind == Kind::NotBuilt {
+            continue;
+        }
+        let mut sections: Vec<&str> = setting.path.split('.').collect();
+        let name = sections.pop().unwrap_or_default();
+        let common = open.iter().zip(&sections).take_while(|(a, b)| a == b);
+        let common = common.count();
+        for (depth, section) in sections.iter().enumerate().skip(common) {
+            let indent = "  ".repeat(depth);
+            if depth == 0 {
+                let about = SECTIONS
+                    .iter()
+                    .find(|(of, name, _)| of == &role && name == section)
+                    .map_or("", |(_, _, about)| about);
+                let _ = writeln!(text, "\n# {about}");
+            }
+            let _ = writeln!(text, "{indent}{section}:");
+        }
+        open = sections;
+
+        let indent = "  ".repeat(open.len());
+        let (mark, value, note) = match setting.preset {
+            Preset::Value("::") => ("#", "\"::\"", String::new()),
+            Preset::Value(value) => ("#", value, String::new()),
+            Preset::Required(value) => ("", value, " Must be set.".to_owned()),
+            Preset::Unset { example, meaning } => (
+                "#",
+                example,
+                format!(" Default: {meaning}; this is an example."),
+            ),
+        };
+        let about = format!("{}{note}", setting.about);
+        for line in wrapped(&about, 96 - indent.len()) {
+            let _ = writeln!(text, "{indent}# {line}");
+        }
+        let _ = writeln!(text, "{indent}{mark}{name}: {value}");
+        if setting.kind.from_file() {
+            let _ = writeln!(text, "{indent}# Or the name of a file that holds it:");
+            let _ = writeln!(text, "{indent}#{name}_file: /run/secrets/{name}");
+        }
+    }
+    text
+}
+
+fn wrapped(text: &str, width: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.len() + 1 + word.len() <= width => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let off = |off: bool| if off { ", or `off`" } else { "" };
+        match *self {
+            Self::Level => f.write_str("level or directives"),
+            Self::Address => f.write_str("IP address or `localhost`"),
+            Self::Host => f.write_str("host name or IP address"),
+            Self::HostPort => f.write_str("HOST:PORT"),
+            Self::Id => f.write_str("agent id"),
+            Self::Url => f.write_str("URL"),
+            Self::HostHeader => f.write_str("`preserve`, `target` or a host"),
+            Self::Flag => f.write_str("`true` or `false`"),
+            Self::Count { min, max, off: may } => write!(f, "{min} to {max}{}", off(may)),
+            Self::Size { min, max, off: may } => {
+                let (min, max) = (value::show_size(min), value::show_size(max));
+                write!(f, "{min} to {max}{}", off(may))
+            }
+            Self::Time { min, max } => {
+                let (min, max) = (value::show_time(min), value::show_time(max));
+                write!(f, "{min} to {max}")
+            }
+            Self::Secret => f.write_str("text"),
+            Self::Tokens => f.write_str("ID: TOKEN pairs"),
+            Self::Ports => f.write_str("ID: PORT pairs"),
+            Self::Networks => f.write_str("list of addresses and blocks"),
+            Self::Certificates => f.write_str("file name"),
+            Self::NotBuilt => f.write_str("not built yet: refused"),
+        }
+    }
+}

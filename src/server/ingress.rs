@@ -1,0 +1,518 @@
+//! From a visitor's request to an exchange in a tunnel, and back: the one room of the server that
+//! knows the visitors' HTTP engine.
+
+use std::convert::Infallible;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use futures_util::task::AtomicWaker;
+use http::header::EXPECT;
+use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+
+use super::respond::Fault;
+use super::tenancy::Tenancy;
+use super::visitor::Watched;
+use super::worker::Worker;
+use crate::config::HttpConfig;
+use crate::head::RequestHead;
+use crate::headers::{
+    self, Direction, Forwarding, check_request, forward_request, forward_trailers,
+};
+use crate::link::Exchange;
+use crate::metrics::{Failure, StatusClass};
+use crate::mux::{HeadRead, Read, Reason};
+
+/// How much of a request's body is read and dropped after the answer was complete, so that the
+/// connection can be used again. A visitor with more to send has it closed.
+const DRAIN_LIMIT: usize = 64 * 1024;
+
+/// What the requests of one connection share.
+pub(super) struct Visit {
+    worker: Arc<Worker>,
+    tenancy: Arc<Tenancy>,
+    watched: Arc<Watched>,
+    forwarding: Forwarding,
+}
+
+impl Visit {
+    /// A connection from `peer` to the port of `tenancy`.
+    pub(super) fn new(
+        worker: Arc<Worker>,
+        tenancy: Arc<Tenancy>,
+        watched: Arc<Watched>,
+        peer: IpAddr,
+    ) -> Self {
+        let trusted = &worker.shared().config.http.trusted_proxies;
+        let is_trusted = trusted.iter().any(|block| block.contains(peer));
+        Self {
+            forwarding: Forwarding::new(peer, is_trusted),
+            worker,
+            tenancy,
+            watched,
+        }
+    }
+}
+
+/// Serves one request.
+pub(super) async fn serve(
+    visit: Arc<Visit>,
+    request: Request<Incoming>,
+) -> Result<Response<Answer>, Infallible> {
+    let underway = Underway::begin(&visit);
+    let response = match forward(&visit, request).await {
+        Ok((head, exchange, upload)) => head.map(|()| Answer {
+            source: Source::Exchange(exchange),
+            last_look: false,
+            upload,
+            underway,
+        }),
+        Err((fault, upload)) => {
+            visit.worker.metrics().failures.inc(fault.failure());
+            fault.respond().map(|body| Answer {
+                source: Source::Own(Some(body)),
+                last_look: false,
+                upload,
+                underway,
+            })
+        }
+    };
+    let class = StatusClass::of(response.status().as_u16());
+    visit.worker.metrics().answers.inc(class);
+    Ok(response)
+}
+
+type Forwarded = (Response<()>, Exchange, UploadGuard);
+
+/// Carries the request over and waits for the answer's head.
+async fn forward(
+    visit: &Arc<Visit>,
+    request: Request<Incoming>,
+) -> Result<Forwarded, (Fault, UploadGuard)> {
+    let (parts, body) = request.into_parts();
+    let exchange = open(visit, &parts, &body).map_err(|fault| (fault, UploadGuard(None)))?;
+    let mut upload = UploadGuard(None);
+    let mut held = None;
+    if !body.is_end_stream() {
+        let shared = Arc::new(Upload::default());
+        upload = UploadGuard(Some(shared.clone()));
+        let pump = Pump {
+            visit: visit.clone(),
+            exchange: exchange.clone(),
+            upload: shared,
+            body,
+            received: 0,
+        };
+        if parts.version == Version::HTTP_11 && awaits_go_ahead(&parts.headers) {
+            // Reading the body would tell the visitor to go on, which is for the service to say.
+            visit.watched.holding_back();
+            held = Some(pump);
+        } else {
+            tokio::spawn(pump.run());
+        }
+    }
+    let head = loop {
+        let read = std::future::poll_fn(|cx| {
+            if visit.watched.body_came_early()
+                && let Some(pump) = held.take()
+            {
+                // The visitor waited long enough and sends; RFC 9110, section 10.1.1 lets him.
+                tokio::spawn(pump.run());
+            }
+            exchange.poll_head(cx)
+        })
+        .await;
+        match read {
+            HeadRead::Interim(head) => {
+                if head.status == StatusCode::CONTINUE
+                    && let Some(pump) = held.take()
+                {
+                    // hyper sends the 100 when the body is asked for.
+                    tokio::spawn(pump.run());
+                }
+                // Others can't be sent through hyper's server; a proxy may drop them
+                // (RFC 9110, section 15.2).
+            }
+            HeadRead::Answer(head) => break head,
+            HeadRead::Reset(reason) => {
+                let fault = upload.fault().unwrap_or_else(|| reason.into());
+                return Err((fault, upload));
+            }
+            HeadRead::Pending => {}
+        }
+    };
+    visit.watched.read_enough_if(held.is_some());
+    let valid = StatusCode::from_u16(head.status)
+        .ok()
+        .filter(|status| !status.is_informational())
+        .zip(headers::to_header_map(&head.lines, Direction::Response).ok());
+    let Some((status, lines)) = valid else {
+        // The agent passed on what no visitor may see.
+        exchange.abort(Reason::Cancelled);
+        return Err((Fault::UpstreamError, upload));
+    };
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    *response.headers_mut() = lines;
+    Ok((response, exchange, upload))
+}
+
+/// Checks the head and opens an exchange for it.
+fn open(visit: &Visit, parts: &http::request::Parts, body: &Incoming) -> Result<Exchange, Fault> {
+    let limits = &visit.worker.shared().config.http;
+    let target = Target::of(&parts.uri);
+    check_size(parts, &target, limits)?;
+    check_request(
+        &parts.method,
+        target.as_bytes(),
+        parts.version,
+        &parts.headers,
+    )
+    .map_err(Fault::Refused)?;
+    if let (Some(limit), Some(length)) = (limits.max_body, body.size_hint().exact())
+        && length > limit
+    {
+        return Err(Fault::BodyTooLarge);
+    }
+    let link = visit.tenancy.link().ok_or(Fault::AgentOffline)?;
+    let lines = forward_request(&parts.headers, &visit.forwarding, || {
+        visit.worker.request_id()
+    })
+    .map_err(|_| Fault::HeadTooLarge)?;
+    let head = RequestHead {
+        method: method_bytes(&parts.method),
+        target: Bytes::copy_from_slice(target.as_bytes()),
+        lines,
+    };
+    Ok(link.open(head, !body.is_end_stream())?)
+}
+
+/// The request target as the visitor wrote it. hyper keeps origin and asterisk form as they are;
+/// only a target in absolute form has to be put together again.
+enum Target<'a> {
+    Borrowed(&'a str),
+    Owned(String),
+}
+
+impl<'a> Target<'a> {
+    fn of(uri: &'a http::Uri) -> Self {
+        match uri.path_and_query() {
+            Some(target) if uri.scheme().is_none() && uri.authority().is_none() => {
+                Self::Borrowed(target.as_str())
+            }
+            _ => Self::Owned(uri.to_string()),
+        }
+    }
+
+    fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::Borrowed(text) => text.as_bytes(),
+            Self::Owned(text) => text.as_bytes(),
+        }
+    }
+}
+
+fn check_size(
+    parts: &http::request::Parts,
+    target: &Target<'_>,
+    limits: &HttpConfig,
+) -> Result<(), Fault> {
+    // "METHOD target HTTP/1.1" and the line's end.
+    let line = parts.method.as_str().len() + target.as_bytes().len() + 12;
+    if line > limits.max_request_line {
+        return Err(Fault::RequestLineTooLong);
+    }
+    let lines: usize = parts
+        .headers
+        .iter()
+        .map(|(name, value)| name.as_str().len() + value.len() + 4)
+        .sum();
+    if parts.headers.len() > limits.max_header_lines || line + lines > limits.max_head {
+        return Err(Fault::HeadTooLarge);
+    }
+    Ok(())
+}
+
+/// The method as bytes, without an allocation for the usual ones.
+fn method_bytes(method: &Method) -> Bytes {
+    match method.as_str() {
+        "GET" => Bytes::from_static(b"GET"),
+        "HEAD" => Bytes::from_static(b"HEAD"),
+        "POST" => Bytes::from_static(b"POST"),
+        "PUT" => Bytes::from_static(b"PUT"),
+        "DELETE" => Bytes::from_static(b"DELETE"),
+        "OPTIONS" => Bytes::from_static(b"OPTIONS"),
+        "PATCH" => Bytes::from_static(b"PATCH"),
+        other => Bytes::copy_from_slice(other.as_bytes()),
+    }
+}
+
+fn awaits_go_ahead(headers: &HeaderMap) -> bool {
+    headers
+        .get(EXPECT)
+        .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+/// What the task that reads a request's body and the answer to it tell each other.
+#[derive(Debug, Default)]
+struct Upload {
+    /// The answer is complete: no more of the body is wanted.
+    done: AtomicBool,
+    /// The pump's task.
+    pump: AtomicWaker,
+    /// What went wrong with the body, one of the constants below.
+    fault: AtomicU8,
+}
+
+const TOO_LARGE: u8 = 1;
+const INCOMPLETE: u8 = 2;
+
+/// Ends the upload when the answer is complete or given up.
+struct UploadGuard(Option<Arc<Upload>>);
+
+impl UploadGuard {
+    /// What went wrong with the body, if that is why the exchange ended.
+    fn fault(&self) -> Option<Fault> {
+        match self.0.as_ref()?.fault.load(Relaxed) {
+            TOO_LARGE => Some(Fault::BodyTooLarge),
+            INCOMPLETE => Some(Fault::BodyIncomplete),
+            _ => None,
+        }
+    }
+}
+
+impl Drop for UploadGuard {
+    fn drop(&mut self) {
+        if let Some(upload) = &self.0 {
+            upload.done.store(true, Relaxed);
+            upload.pump.wake();
+        }
+    }
+}
+
+/// Carries a request's body into the exchange, as fast as the service takes it.
+struct Pump {
+    visit: Arc<Visit>,
+    exchange: Exchange,
+    upload: Arc<Upload>,
+    body: Incoming,
+    received: u64,
+}
+
+/// How a pump ended.
+enum Pumped {
+    /// The body is complete, or broke.
+    Ended,
+    /// The rest isn't wanted.
+    Unwanted,
+}
+
+impl Pump {
+    async fn run(mut self) {
+        let pumped = std::future::poll_fn(|cx| self.poll(cx)).await;
+        let Self {
+            visit,
+            exchange,
+            upload: _,
+            body,
+            ..
+        } = self;
+        if matches!(pumped, Pumped::Unwanted) {
+            exchange.abort(Reason::Cancelled);
+            drop(exchange);
+            drain(&visit, body).await;
+        }
+        visit.watched.read_enough();
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Pumped> {
+        self.upload.pump.register(cx.waker());
+        let watched = &self.visit.watched;
+        loop {
+            if self.upload.done.load(Relaxed) {
+                return Poll::Ready(Pumped::Unwanted);
+            }
+            match self.exchange.poll_capacity(cx) {
+                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Err(_)) => return Poll::Ready(Pumped::Unwanted),
+                Poll::Pending => {
+                    watched.holding_back();
+                    return Poll::Pending;
+                }
+            }
+            watched.reading(self.visit.worker.now());
+            let frame = match Pin::new(&mut self.body).poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => frame,
+                Poll::Ready(Some(Err(_))) => {
+                    self.fail(INCOMPLETE, Reason::BodyIncomplete);
+                    return Poll::Ready(Pumped::Ended);
+                }
+                Poll::Ready(None) => {
+                    self.exchange.finish(None);
+                    return Poll::Ready(Pumped::Ended);
+                }
+                Poll::Pending => return Poll::Pending,
+            };
+            match frame.into_data() {
+                Ok(data) => {
+                    self.received += data.len() as u64;
+                    let limit = self.visit.worker.shared().config.http.max_body;
+                    if limit.is_some_and(|limit| self.received > limit) {
+                        self.fail(TOO_LARGE, Reason::Cancelled);
+                        return Poll::Ready(Pumped::Unwanted);
+                    }
+                    self.visit.count_in(data.len());
+                    if self.exchange.send(data).is_err() {
+                        return Poll::Ready(Pumped::Unwanted);
+                    }
+                }
+                Err(frame) => {
+                    let trailers = frame
+                        .trailers_ref()
+                        .and_then(|trailers| forward_trailers(trailers).ok());
+                    self.exchange.finish(trailers);
+                    return Poll::Ready(Pumped::Ended);
+                }
+            }
+        }
+    }
+
+    fn fail(&self, fault: u8, reason: Reason) {
+        self.upload.fault.store(fault, Relaxed);
+        self.exchange.abort(reason);
+    }
+}
+
+/// Reads the rest of a body that nobody wants, within limits; what is left closes the connection.
+async fn drain(visit: &Visit, mut body: Incoming) {
+    let mut left = DRAIN_LIMIT;
+    std::future::poll_fn(|cx| {
+        loop {
+            visit.watched.reading(visit.worker.now());
+            match std::task::ready!(Pin::new(&mut body).poll_frame(cx)) {
+                Some(Ok(frame)) => {
+                    let bytes = frame.data_ref().map_or(0, Bytes::len);
+                    match left.checked_sub(bytes) {
+                        Some(rest) => left = rest,
+                        None => return Poll::Ready(()),
+                    }
+                }
+                Some(Err(_)) | None => return Poll::Ready(()),
+            }
+        }
+    })
+    .await;
+}
+
+impl Visit {
+    fn count_in(&self, bytes: usize) {
+        self.worker.metrics().body_bytes_in.add(bytes as u64);
+        self.tenancy.stats.bytes_in.add(bytes as u64);
+    }
+
+    fn count_out(&self, bytes: usize) {
+        self.worker.metrics().body_bytes_out.add(bytes as u64);
+        self.tenancy.stats.bytes_out.add(bytes as u64);
+    }
+}
+
+/// Counts a request as under way until its answer is complete, or the visitor has left.
+struct Underway(Arc<Visit>);
+
+impl Underway {
+    fn begin(visit: &Arc<Visit>) -> Self {
+        let metrics = visit.worker.metrics();
+        metrics.requests.inc();
+        metrics.exchanges_open.inc();
+        visit.tenancy.stats.requests.inc();
+        visit.tenancy.stats.exchanges_open.inc();
+        visit.watched.exchange_begins(visit.worker.now());
+        Self(visit.clone())
+    }
+}
+
+impl Drop for Underway {
+    fn drop(&mut self) {
+        let visit = &self.0;
+        visit.worker.metrics().exchanges_open.dec();
+        visit.tenancy.stats.exchanges_open.dec();
+        visit.watched.exchange_ends(visit.worker.now());
+    }
+}
+
+/// The body of an answer: the exchange's, or one of our own.
+pub(super) struct Answer {
+    source: Source,
+    /// The exchange broke off, and what came before it has been given to hyper.
+    last_look: bool,
+    /// Dropped with the answer, which ends an upload that is still going on.
+    #[expect(dead_code, reason = "held for its drop")]
+    upload: UploadGuard,
+    underway: Underway,
+}
+
+enum Source {
+    Exchange(Exchange),
+    Own(Option<Bytes>),
+}
+
+/// The answer broke off; hyper closes the connection, so that the visitor can tell.
+#[derive(Debug, thiserror::Error)]
+#[error("the answer broke off: {0}")]
+pub(super) struct BrokenOff(Reason);
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = BrokenOff;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
+        let exchange = match &mut self.source {
+            Source::Own(body) => return Poll::Ready(body.take().map(|body| Ok(Frame::data(body)))),
+            Source::Exchange(exchange) => exchange,
+        };
+        match std::task::ready!(exchange.poll_read(cx)) {
+            Read::Data(data) => {
+                self.underway.0.count_out(data.len());
+                Poll::Ready(Some(Ok(Frame::data(data))))
+            }
+            Read::End(trailers) => Poll::Ready(
+                trailers
+                    .and_then(|lines| headers::to_trailer_map(&lines).ok())
+                    .filter(|map| !map.is_empty())
+                    .map(|map| Ok(Frame::trailers(map))),
+            ),
+            Read::Reset(reason) => {
+                if !self.last_look {
+                    // An error makes hyper drop what it has buffered. Once more around, and it
+                    // has written that: the visitor gets exactly what the service sent.
+                    self.last_look = true;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                let metrics = self.underway.0.worker.metrics();
+                metrics.failures.inc(Failure::CutAfterHead);
+                Poll::Ready(Some(Err(BrokenOff(reason))))
+            }
+            Read::Pending => Poll::Pending,
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self.source, Source::Own(None))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Own(body) => SizeHint::with_exact(body.as_ref().map_or(0, Bytes::len) as u64),
+            Source::Exchange(_) => SizeHint::default(),
+        }
+    }
+}

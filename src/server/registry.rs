@@ -1,0 +1,454 @@
+//! Who is connected, on which port: the one owner of sessions, tenancies and the port allocator.
+//!
+//! A session joins, and gets its port; it leaves, and gives it back. What the allocator wants
+//! bound or closed is kept here for the accept task, which asks for it, and what became of it
+//! comes back as [`Sink::opened`]. Everything happens under one short lock: the work is a few map
+//! operations for each coming and going of an agent, and no request touches it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use dashmap::DashMap;
+use thiserror::Error;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::directory::{Directory, Row, RowState, Snapshot};
+use super::session::Session;
+use super::tenancy::{Tenancy, Tunnel};
+use crate::config::ServerConfig;
+use crate::id::{AgentId, Generation};
+use crate::metrics::{AgentStats, Metrics, PortState};
+use crate::net::acceptor::{AcceptorHandle, Command, Listener};
+use crate::ports::{self, Allocation, Allocator, Answer, Effect, PinError};
+
+/// How often the directory is rebuilt at most. Pollers see a change this much later.
+const PUBLISH_INTERVAL: Duration = Duration::from_millis(50);
+
+/// An agent that has shown who it is and asks for its port.
+pub struct Applicant {
+    /// Who it is.
+    pub agent_id: AgentId,
+    /// The port it had last, as far as it knows.
+    pub last_port: Option<u16>,
+    /// Its session.
+    pub session: Arc<Session>,
+    /// The worker its tunnel lives on.
+    pub worker: usize,
+    /// Where it comes from.
+    pub peer: SocketAddr,
+    /// Its software, for people.
+    pub software: String,
+    /// What it says of itself.
+    pub labels: BTreeMap<String, String>,
+    /// The host part of the URL that visitors use.
+    pub public_host: String,
+}
+
+/// What a session got when it joined.
+#[derive(Debug)]
+pub struct Joined {
+    /// Its number, which whoever cleans up after it has to show.
+    pub generation: Generation,
+    /// Its port.
+    pub port: u16,
+    /// Where visitors reach it.
+    pub public_url: String,
+    /// The agent's live figures.
+    pub stats: Arc<AgentStats>,
+}
+
+/// Why a session couldn't join.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum JoinError {
+    /// There is no port for it.
+    #[error("{0}")]
+    Port(#[from] ports::Refusal),
+    /// A newer session of the same agent came while this one waited.
+    #[error("a newer session of this agent took over")]
+    Replaced,
+    /// The server is shutting down.
+    #[error("the server is shutting down")]
+    Draining,
+}
+
+/// See the module.
+pub struct Registry {
+    /// Held for a few map operations, never across I/O or an await.
+    state: Mutex<State>,
+    /// From the local port to whose it is: read by the accept task for each connection.
+    routes: DashMap<u16, Arc<Tenancy>>,
+    directory: Arc<Directory>,
+    metrics: Arc<Metrics>,
+    acceptor: OnceLock<AcceptorHandle>,
+    /// Wakes whoever keeps house: something is to be published, or a timer has changed.
+    changed: Notify,
+    /// Time in the allocator counts from here.
+    epoch: Instant,
+}
+
+struct State {
+    allocator: Allocator,
+    /// The newest session of each agent that holds a port, connected or not.
+    members: HashMap<AgentId, Member>,
+    /// Sessions whose port is being bound. One at most for each tenancy.
+    waiting: HashMap<Allocation, Waiting>,
+    /// For the accept task. It holds what the allocator emitted since that looked last: two for
+    /// each port at most.
+    commands: VecDeque<Command>,
+    next_generation: u64,
+    revision: u64,
+    published: u64,
+    draining: bool,
+}
+
+struct Member {
+    tenancy: Arc<Tenancy>,
+    /// Who cleans up must show this.
+    generation: Generation,
+    /// None while the port is leased.
+    session: Option<Arc<Session>>,
+    row: Arc<Row>,
+}
+
+struct Waiting {
+    applicant: Applicant,
+    reply: oneshot::Sender<Result<Joined, JoinError>>,
+}
+
+impl Registry {
+    /// A registry without members.
+    pub fn new(
+        config: &ServerConfig,
+        reserved: BTreeSet<u16>,
+        directory: Arc<Directory>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Arc<Self>, PinError> {
+        let allocator = Allocator::new(ports::Config {
+            range: config.http.agent_port_range.clone(),
+            pinned: config.http.static_ports.clone(),
+            reserved,
+            lease: config.http.port_lease,
+            foreign_retry: ports::Config::FOREIGN_RETRY,
+        })?;
+        Ok(Arc::new(Self {
+            state: Mutex::new(State {
+                allocator,
+                members: HashMap::new(),
+                waiting: HashMap::new(),
+                commands: VecDeque::new(),
+                next_generation: 1,
+                revision: 1,
+                published: 0,
+                draining: false,
+            }),
+            routes: DashMap::new(),
+            directory,
+            metrics,
+            acceptor: OnceLock::new(),
+            changed: Notify::new(),
+            epoch: Instant::now(),
+        }))
+    }
+
+    /// Says whom to wake when there is something to bind or to close.
+    pub fn set_acceptor(&self, acceptor: AcceptorHandle) {
+        // Set once, at start.
+        let _ = self.acceptor.set(acceptor);
+    }
+
+    /// Takes a session in: waits until its port is bound, or says why there is none. A session
+    /// that the agent already has is replaced; its port isn't bound anew.
+    pub async fn join(&self, applicant: Applicant) -> Result<Joined, JoinError> {
+        let answer = {
+            let mut state = self.lock();
+            if state.draining {
+                return Err(JoinError::Draining);
+            }
+            let now = self.epoch.elapsed();
+            let answer =
+                match state
+                    .allocator
+                    .request(&applicant.agent_id, applicant.last_port, now)
+                {
+                    Answer::Refused(refusal) => {
+                        self.settle(&mut state);
+                        return Err(refusal.into());
+                    }
+                    Answer::Ready { allocation, port } => {
+                        let joined = self.admit(&mut state, applicant, allocation, port);
+                        self.settle(&mut state);
+                        return Ok(joined);
+                    }
+                    Answer::Opening { allocation } => {
+                        let (reply, answer) = oneshot::channel();
+                        let waiting = Waiting { applicant, reply };
+                        if let Some(older) = state.waiting.insert(allocation, waiting) {
+                            let _ = older.reply.send(Err(JoinError::Replaced));
+                        }
+                        answer
+                    }
+                };
+            self.settle(&mut state);
+            answer
+        };
+        // The sender goes without an answer only when everything ends.
+        answer.await.unwrap_or(Err(JoinError::Draining))
+    }
+
+    /// Gives a session's port back, if it is still that session's.
+    pub fn leave(&self, agent_id: &AgentId, generation: Generation) {
+        let mut state = self.lock();
+        let Some(member) = state.members.get_mut(agent_id) else {
+            return;
+        };
+        if member.generation != generation || member.session.take().is_none() {
+            return;
+        }
+        member.tenancy.disconnect(generation);
+        member.row = Arc::new(Row {
+            state: RowState::Leased,
+            ..Row::clone(&member.row)
+        });
+        let allocation = member.tenancy.allocation;
+        let now = self.epoch.elapsed();
+        state.allocator.agent_lost(allocation, now);
+        state.revision += 1;
+        self.settle(&mut state);
+    }
+
+    /// The tenancy that a connection accepted from `port` under `key` belongs to.
+    pub fn route(&self, port: u16, key: u64) -> Option<Arc<Tenancy>> {
+        let tenancy = self.routes.get(&port)?;
+        (tenancy.allocation == Allocation(key)).then(|| Arc::clone(&tenancy))
+    }
+
+    /// The accept task's next command.
+    pub fn next_command(&self) -> Option<Command> {
+        self.lock().commands.pop_front()
+    }
+
+    /// What became of a bind.
+    pub fn opened(&self, port: u16, key: u64, outcome: io::Result<()>) {
+        let mut state = self.lock();
+        let allocation = Allocation(key);
+        match outcome {
+            Ok(()) => state.allocator.bound(port, allocation),
+            Err(error) => {
+                self.metrics.bind_failures.inc();
+                warn!(port, %error, "port could not be bound");
+                let now = self.epoch.elapsed();
+                let failure = crate::net::bind_failure(&error);
+                state.allocator.bind_failed(port, allocation, failure, now);
+            }
+        }
+        self.settle(&mut state);
+    }
+
+    /// Publishes changes and lets leases end, until the future is dropped.
+    pub async fn keep_house(&self) {
+        loop {
+            let timeout = {
+                let mut state = self.lock();
+                self.publish(&mut state);
+                state.allocator.poll_timeout()
+            };
+            match timeout {
+                Some(at) => {
+                    let _ = tokio::time::timeout_at(self.epoch + at, self.changed.notified()).await;
+                }
+                None => self.changed.notified().await,
+            }
+            {
+                let mut state = self.lock();
+                let now = self.epoch.elapsed();
+                state.allocator.handle_timeout(now);
+                self.settle(&mut state);
+            }
+            tokio::time::sleep(PUBLISH_INTERVAL).await;
+        }
+    }
+
+    /// Closes every port and takes nobody in any more. Sessions go on until they are ended;
+    /// returned are those that are connected.
+    pub fn drain(&self) -> Vec<Arc<Session>> {
+        let mut state = self.lock();
+        state.draining = true;
+        let sessions = state
+            .members
+            .values()
+            .filter_map(|member| member.session.clone())
+            .collect();
+        state.allocator.release_all();
+        self.settle(&mut state);
+        self.publish(&mut state);
+        sessions
+    }
+
+    /// Performs what the allocator wants, until it wants nothing.
+    fn settle(&self, state: &mut State) {
+        while let Some(effect) = state.allocator.poll_effect() {
+            match effect {
+                Effect::Bind { port, allocation } => state.commands.push_back(Command::Bind {
+                    port,
+                    key: allocation.0,
+                }),
+                Effect::Close { port, allocation } => {
+                    state.commands.push_back(Command::Close(Listener::Port {
+                        port,
+                        key: allocation.0,
+                    }));
+                }
+                Effect::Granted { allocation, port } => self.granted(state, allocation, port),
+                Effect::Refused {
+                    allocation,
+                    refusal,
+                } => {
+                    if let Some(waiting) = state.waiting.remove(&allocation) {
+                        let _ = waiting.reply.send(Err(refusal.into()));
+                    }
+                }
+                Effect::Released { allocation, port } => self.released(state, allocation, port),
+                Effect::Foreign { port, failure } => {
+                    warn!(port, ?failure, "port is not ours, skipped for a while");
+                }
+            }
+        }
+        let counts = state.allocator.counts();
+        let gauges = &self.metrics.ports;
+        gauges.set(PortState::Free, counts.free);
+        gauges.set(PortState::Opening, counts.opening);
+        gauges.set(PortState::Serving, counts.serving);
+        gauges.set(PortState::Leased, counts.leased);
+        gauges.set(PortState::Foreign, counts.foreign);
+        if !state.commands.is_empty()
+            && let Some(acceptor) = self.acceptor.get()
+        {
+            acceptor.wake();
+        }
+        self.changed.notify_one();
+    }
+
+    fn granted(&self, state: &mut State, allocation: Allocation, port: u16) {
+        let Some(Waiting { applicant, reply }) = state.waiting.remove(&allocation) else {
+            return;
+        };
+        let agent_id = applicant.agent_id.clone();
+        let joined = self.admit(state, applicant, allocation, port);
+        let generation = joined.generation;
+        if reply.send(Ok(joined)).is_err()
+            && let Some(member) = state.members.get_mut(&agent_id)
+            && member.generation == generation
+        {
+            // The session ended while it waited.
+            member.session = None;
+            member.tenancy.disconnect(generation);
+            let now = self.epoch.elapsed();
+            state.allocator.agent_lost(allocation, now);
+        }
+    }
+
+    /// Makes the applicant the agent's session on a port that is bound.
+    fn admit(
+        &self,
+        state: &mut State,
+        applicant: Applicant,
+        allocation: Allocation,
+        port: u16,
+    ) -> Joined {
+        let generation = Generation(state.next_generation);
+        state.next_generation += 1;
+        state.revision += 1;
+        self.metrics.registrations.inc();
+
+        let agent_id = applicant.agent_id;
+        let older = state.members.remove(&agent_id);
+        let tenancy = match &older {
+            Some(member) if member.tenancy.allocation == allocation => member.tenancy.clone(),
+            _ => Tenancy::new(
+                agent_id.clone(),
+                allocation,
+                port,
+                AgentStats::new(SystemTime::now()),
+            ),
+        };
+        tenancy.connect(Tunnel {
+            link: applicant.session.link().clone(),
+            generation,
+            worker: applicant.worker,
+        });
+        self.routes.insert(port, tenancy.clone());
+        if let Some(session) = older.and_then(|member| member.session) {
+            info!(agent = %agent_id, "session replaced by a newer one of the same agent");
+            session.replace();
+        }
+        let public_url = format!("http://{}:{port}/", applicant.public_host);
+        let row = Arc::new(Row {
+            agent_id: agent_id.clone(),
+            port,
+            generation,
+            state: RowState::Serving,
+            peer: Some(applicant.peer),
+            connected_at: SystemTime::now(),
+            version: applicant.software,
+            labels: applicant.labels,
+            public_url: public_url.clone(),
+            stats: tenancy.stats.clone(),
+        });
+        let stats = tenancy.stats.clone();
+        state.members.insert(
+            agent_id,
+            Member {
+                tenancy,
+                generation,
+                session: Some(applicant.session),
+                row,
+            },
+        );
+        Joined {
+            generation,
+            port,
+            public_url,
+            stats,
+        }
+    }
+
+    fn released(&self, state: &mut State, allocation: Allocation, port: u16) {
+        if let Some(waiting) = state.waiting.remove(&allocation) {
+            let _ = waiting.reply.send(Err(JoinError::Draining));
+        }
+        let Some((_, tenancy)) = self
+            .routes
+            .remove_if(&port, |_, tenancy| tenancy.allocation == allocation)
+        else {
+            return;
+        };
+        tenancy.end();
+        if state
+            .members
+            .get(&tenancy.agent_id)
+            .is_some_and(|member| member.tenancy.allocation == allocation)
+        {
+            state.members.remove(&tenancy.agent_id);
+            state.revision += 1;
+        }
+    }
+
+    fn publish(&self, state: &mut State) {
+        if state.published == state.revision {
+            return;
+        }
+        state.published = state.revision;
+        let rows = state.members.values().map(|m| m.row.clone()).collect();
+        self.directory
+            .publish(Arc::new(Snapshot::new(state.revision, rows)));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,416 @@
+//! A visitor's connection: its admission, its limits of time, and the task that serves it.
+//!
+//! No connection has a timer. Each notes in [`Watched`] what it is waiting for and since when, in
+//! ticks of its worker's coarse clock, and the worker's sweep looks at all of them twice a second.
+
+use std::io::{self, IoSlice};
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::Relaxed};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::task::AtomicWaker;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::TcpStream;
+use tracing::debug;
+
+use super::ingress::{self, Visit};
+use super::tenancy::Tenancy;
+use super::worker::{Shared, TICK, Worker};
+use crate::config::HttpConfig;
+use crate::metrics::Refusal;
+use crate::net::acceptor::Accepted;
+
+/// What hyper may read beyond the largest head: a head that is only a little too large gets an
+/// answer of ours rather than hyper's.
+const HEAD_SLACK: usize = 16 * 1024;
+
+/// How many header lines hyper parses beyond the limit, for the same reason.
+const LINES_SLACK: usize = 28;
+
+/// Serves a connection on a task of its own, unless a limit says otherwise.
+pub(super) fn admit(worker: &Arc<Worker>, tenancy: &Arc<Tenancy>, accepted: Accepted) {
+    worker.metrics().connections_accepted.inc();
+    let place = match Place::take(worker, tenancy, accepted.peer.ip()) {
+        Ok(place) => place,
+        // Dropping the socket closes it.
+        Err(reason) => return worker.refuse(reason),
+    };
+    match TcpStream::from_std(accepted.stream) {
+        Ok(stream) => {
+            tokio::spawn(serve(stream, accepted.peer, place));
+        }
+        Err(error) => debug!(%error, "connection lost before it was served"),
+    }
+}
+
+async fn serve(stream: TcpStream, peer: SocketAddr, place: Place) {
+    let limits = &place.worker.shared().config.http;
+    let io = Metered {
+        stream,
+        watched: place.watched.clone(),
+        worker: place.worker.clone(),
+    };
+    let mut builder = hyper::server::conn::http1::Builder::new();
+    builder
+        // The service's own date is passed on; ours would be a second opinion.
+        .auto_date_header(false)
+        .max_buf_size(limits.max_head + HEAD_SLACK)
+        .max_headers(limits.max_header_lines + LINES_SLACK);
+    let visit = Arc::new(Visit::new(
+        place.worker.clone(),
+        place.tenancy.clone(),
+        place.watched.clone(),
+        peer.ip(),
+    ));
+    let service = service_fn(move |request| ingress::serve(visit.clone(), request));
+    let mut http = std::pin::pin!(builder.serve_connection(TokioIo::new(io), service));
+    let watched = &place.watched;
+    let mut winding_down = false;
+    let outcome = std::future::poll_fn(|cx| {
+        watched.task.register(cx.waker());
+        match watched.order.load(Relaxed) {
+            CUT => return Poll::Ready(Ok(())),
+            WIND_DOWN if !winding_down => {
+                winding_down = true;
+                http.as_mut().graceful_shutdown();
+            }
+            _ => {}
+        }
+        http.as_mut().poll(cx)
+    })
+    .await;
+    if let Err(error) = outcome {
+        debug!(%peer, port = place.tenancy.port, %error, "visitor's connection broke");
+    }
+}
+
+/// A visitor's place among the connections that are allowed, to be given back.
+struct Place {
+    worker: Arc<Worker>,
+    tenancy: Arc<Tenancy>,
+    watched: Arc<Watched>,
+    key: usize,
+    address: IpAddr,
+}
+
+impl Place {
+    fn take(
+        worker: &Arc<Worker>,
+        tenancy: &Arc<Tenancy>,
+        address: IpAddr,
+    ) -> Result<Self, Refusal> {
+        let shared = worker.shared();
+        let limits = &shared.config.http;
+        let watched = Watched::new(tenancy.clone(), worker.now());
+        let all = shared.visitors.fetch_add(1, Relaxed);
+        tenancy.stats.connections_open.inc();
+        worker.metrics().connections_open.inc();
+        let of_address = count_address(shared, address);
+        // From here on dropping it undoes the counting.
+        let place = Self {
+            worker: worker.clone(),
+            tenancy: tenancy.clone(),
+            key: worker.watch(watched.clone()),
+            watched,
+            address,
+        };
+        let of_agent = usize::try_from(tenancy.stats.connections_open.get()).unwrap_or(0);
+        if all >= limits.max_connections {
+            Err(Refusal::LimitTotal)
+        } else if of_agent > limits.max_connections_per_agent {
+            Err(Refusal::LimitAgent)
+        } else if limits
+            .max_connections_per_address
+            .is_some_and(|limit| of_address > limit)
+        {
+            Err(Refusal::LimitAddress)
+        } else {
+            Ok(place)
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let shared = self.worker.shared();
+        self.worker.unwatch(self.key);
+        shared.visitors.fetch_sub(1, Relaxed);
+        self.tenancy.stats.connections_open.dec();
+        self.worker.metrics().connections_open.dec();
+        if let Some(addresses) = &shared.addresses {
+            addresses.remove_if_mut(&self.address, |_, count| {
+                *count = count.saturating_sub(1);
+                *count == 0
+            });
+        }
+    }
+}
+
+/// Counts one more connection from an address, if those are limited, and says how many there are.
+fn count_address(shared: &Shared, address: IpAddr) -> usize {
+    let Some(addresses) = &shared.addresses else {
+        return 0;
+    };
+    let mut count = addresses.entry(address).or_default();
+    *count += 1;
+    *count
+}
+
+/// What a connection waits for, as the worker's sweep sees it. Times are in [`TICK`]s of the
+/// worker's clock; 0 stands for "not waiting".
+///
+/// All of it is written by the connection's own tasks but for `order`, which is the sweep's, and
+/// nothing else is ordered by it: hence relaxed.
+#[derive(Debug)]
+pub(super) struct Watched {
+    tenancy: Arc<Tenancy>,
+    phase: AtomicU8,
+    phase_since: AtomicU32,
+    /// Waiting for the next bytes of a body that can be passed on.
+    reading_since: AtomicU32,
+    /// Waiting for the visitor to take bytes.
+    writing_since: AtomicU32,
+    /// Nobody reads the socket, because the service takes nothing or a 100 is awaited: only a
+    /// look at it tells that the visitor left, or sends without waiting.
+    unread: AtomicBool,
+    /// The sweep asks for that look.
+    look: AtomicBool,
+    /// The visitor sends his body without having been told to go on.
+    early_body: AtomicBool,
+    /// What the sweep wants of the connection's task.
+    order: AtomicU8,
+    /// The connection's task.
+    task: AtomicWaker,
+}
+
+/// Accepted; nothing has come yet.
+const FRESH: u8 = 0;
+/// The beginning of a head has come.
+const HEAD: u8 = 1;
+/// A request is being served.
+const EXCHANGE: u8 = 2;
+/// Between two requests.
+const IDLE: u8 = 3;
+
+const WIND_DOWN: u8 = 1;
+const CUT: u8 = 2;
+
+impl Watched {
+    fn new(tenancy: Arc<Tenancy>, now: u32) -> Arc<Self> {
+        Arc::new(Self {
+            tenancy,
+            phase: AtomicU8::new(FRESH),
+            phase_since: AtomicU32::new(now),
+            reading_since: AtomicU32::new(0),
+            writing_since: AtomicU32::new(0),
+            unread: AtomicBool::new(false),
+            look: AtomicBool::new(false),
+            early_body: AtomicBool::new(false),
+            order: AtomicU8::new(0),
+            task: AtomicWaker::new(),
+        })
+    }
+
+    fn enter(&self, phase: u8, now: u32) {
+        self.phase.store(phase, Relaxed);
+        self.phase_since.store(now, Relaxed);
+    }
+
+    /// A request has begun.
+    pub(super) fn exchange_begins(&self, now: u32) {
+        self.enter(EXCHANGE, now);
+        self.early_body.store(false, Relaxed);
+    }
+
+    /// The answer is complete.
+    pub(super) fn exchange_ends(&self, now: u32) {
+        self.enter(IDLE, now);
+    }
+
+    /// Bytes of a body are awaited from the visitor since `now`.
+    pub(super) fn reading(&self, now: u32) {
+        self.reading_since.store(now, Relaxed);
+        self.unread.store(false, Relaxed);
+    }
+
+    /// The body is complete, or nobody wants more of it.
+    pub(super) fn read_enough(&self) {
+        self.reading_since.store(0, Relaxed);
+        self.unread.store(false, Relaxed);
+    }
+
+    /// Nobody will read the body that was held back, if one was.
+    pub(super) fn read_enough_if(&self, held_back: bool) {
+        if held_back {
+            self.read_enough();
+        }
+    }
+
+    /// The body isn't being read, because it can't be passed on yet.
+    pub(super) fn holding_back(&self) {
+        self.reading_since.store(0, Relaxed);
+        self.unread.store(true, Relaxed);
+    }
+
+    /// Whether the visitor sends a body that he was asked to hold back.
+    pub(super) fn body_came_early(&self) -> bool {
+        self.early_body.load(Relaxed)
+    }
+
+    /// The sweep's look at the connection.
+    pub(super) fn inspect(&self, now: u32, limits: &HttpConfig) {
+        if self.tenancy.is_over() {
+            self.wind_down();
+        }
+        let since = self.phase_since.load(Relaxed);
+        let late = match self.phase.load(Relaxed) {
+            FRESH | HEAD => is_late(now, since, limits.head_timeout),
+            IDLE => is_late(now, since, limits.idle_timeout),
+            _ => false,
+        };
+        let waits = |since: &AtomicU32, limit| match since.load(Relaxed) {
+            0 => false,
+            since => is_late(now, since, limit),
+        };
+        if late
+            || waits(&self.reading_since, limits.body_timeout)
+            || waits(&self.writing_since, limits.send_timeout)
+        {
+            self.order(CUT);
+        } else if self.unread.load(Relaxed) && !self.look.swap(true, Relaxed) {
+            self.task.wake();
+        }
+    }
+
+    /// Has the connection end after what it is doing; at once, if it is doing nothing.
+    pub(super) fn wind_down(&self) {
+        match self.phase.load(Relaxed) {
+            FRESH | IDLE if self.writing_since.load(Relaxed) == 0 => self.order(CUT),
+            _ => self.order(WIND_DOWN),
+        }
+    }
+
+    fn order(&self, order: u8) {
+        if self.order.fetch_max(order, Relaxed) < order {
+            self.task.wake();
+        }
+    }
+}
+
+fn is_late(now: u32, since: u32, limit: Duration) -> bool {
+    // One tick more, as the tick in which waiting began counts in full.
+    let ticks = limit.as_millis().div_ceil(TICK.as_millis()) + 1;
+    u128::from(now.wrapping_sub(since)) >= ticks
+}
+
+/// The socket, noting for the sweep what comes and what can't go.
+struct Metered {
+    stream: TcpStream,
+    watched: Arc<Watched>,
+    worker: Arc<Worker>,
+}
+
+impl Metered {
+    fn wrote(&self, blocked: bool) {
+        let since = &self.watched.writing_since;
+        if !blocked {
+            since.store(0, Relaxed);
+        } else if since.load(Relaxed) == 0 {
+            since.store(self.worker.now(), Relaxed);
+        }
+    }
+
+    /// Looks at the socket without reading it.
+    fn look(&self, cx: &Context<'_>) -> io::Result<()> {
+        let Some(ready) = self.stream.ready(Interest::READABLE).now_or_never() else {
+            return Ok(());
+        };
+        let ready = ready?;
+        if ready.is_read_closed() {
+            // Before the answer is complete, a visitor's FIN counts as leaving.
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        if ready.is_readable() && !self.watched.early_body.swap(true, Relaxed) {
+            cx.waker().wake_by_ref();
+        }
+        Ok(())
+    }
+}
+
+impl AsyncRead for Metered {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
+        if buffer.filled().len() > before
+            && matches!(self.watched.phase.load(Relaxed), FRESH | IDLE)
+        {
+            self.watched.enter(HEAD, self.worker.now());
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Metered {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let outcome = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.wrote(outcome.is_pending());
+        outcome
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let outcome = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.wrote(outcome.is_pending());
+        outcome
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // hyper flushes whenever it is polled, so this is where the sweep's question is answered.
+        if self.watched.look.swap(false, Relaxed) {
+            self.look(cx)?;
+        }
+        // A TCP socket has nothing to flush.
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_kept_to_a_tick() {
+        let limit = Duration::from_secs(10);
+        let ticks = 20;
+        assert!(!is_late(100 + ticks, 100, limit));
+        assert!(is_late(100 + ticks + 1, 100, limit));
+        // The clock may wrap.
+        assert!(is_late(5, u32::MAX - 20, limit));
+        assert!(!is_late(5, u32::MAX, limit));
+    }
+}

@@ -1,0 +1,326 @@
+//! A worker: one thread, one runtime, and the tunnels and visitors that live on it.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use dashmap::DashMap;
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
+use slab::Slab;
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::MissedTickBehavior;
+use tracing::debug;
+
+use super::registry::Registry;
+use super::session::{Connection, TunnelService};
+use super::tenancy::Tenancy;
+use super::visitor::{self, Watched};
+use crate::config::ServerConfig;
+use crate::headers::RequestIds;
+use crate::link::http2;
+use crate::metrics::{HandshakeFailure, Metrics, Refusal, WorkerMetrics};
+use crate::mux::Pool;
+use crate::net::acceptor::Accepted;
+use crate::wire::{MAX_MESSAGE, tunnel_server::TunnelServer};
+
+/// The unit in which a worker measures the times of its connections: a coarse clock that costs
+/// nothing to read, moved on by the sweep. A limit is kept to within this much.
+pub(super) const TICK: Duration = Duration::from_millis(500);
+
+/// How many batches of connections may wait for a worker. One more and the batch is dropped,
+/// which closes its connections: a worker that far behind wouldn't serve them in time.
+const QUEUE: usize = 1024;
+
+/// How long a finished session's connection may take to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// What all parts of a server share.
+pub(super) struct Shared {
+    /// What the server was told.
+    pub config: ServerConfig,
+    /// What it counts.
+    pub metrics: Arc<Metrics>,
+    /// Who is connected.
+    pub registry: Arc<Registry>,
+    /// The bytes that all tunnels together may promise to hold.
+    pub pool: Arc<Pool>,
+    /// Visitors' connections, against `http.max_connections`.
+    pub visitors: AtomicUsize,
+    /// Visitors' connections by address, if those are limited.
+    pub addresses: Option<DashMap<std::net::IpAddr, usize>>,
+    /// Tunnel connections that haven't been welcomed, against `grpc.max_handshakes`.
+    pub handshakes: AtomicUsize,
+    /// Wakes each worker's sweep.
+    pub sweeps: Vec<Arc<Notify>>,
+}
+
+impl Shared {
+    /// The most exchanges a tunnel carries at once.
+    pub(super) fn max_exchanges(&self) -> u32 {
+        u32::try_from(self.config.http.max_exchanges_per_agent).unwrap_or(u32::MAX)
+    }
+
+    /// Has every worker look at its connections now. Many calls before a worker gets to it are
+    /// one.
+    pub(super) fn sweep_all(&self) {
+        self.sweeps.iter().for_each(|sweep| sweep.notify_one());
+    }
+}
+
+/// Connections for a worker.
+pub(super) enum Job {
+    /// Of visitors of one port.
+    Visitors(Arc<Tenancy>, Vec<Accepted>),
+    /// Of agents, on the tunnel port.
+    Agents(Vec<Accepted>),
+}
+
+/// The queue to a worker.
+pub(super) type JobSender = mpsc::Sender<Job>;
+
+/// See the module.
+pub(super) struct Worker {
+    index: usize,
+    shared: Arc<Shared>,
+    sweep: Arc<Notify>,
+    /// The coarse clock, in [`TICK`]s. Written by the sweep, read by the connections.
+    clock: AtomicU32,
+    /// The visitors' connections that live here. Locked when one comes or goes, and by the sweep.
+    watched: Mutex<Slab<Arc<Watched>>>,
+    /// Names for requests that come without one. Locked for a moment, by this worker only.
+    request_ids: Mutex<RequestIds>,
+}
+
+impl Worker {
+    /// A worker and the queue to it.
+    pub(super) fn new(
+        index: usize,
+        shared: Arc<Shared>,
+        request_ids: RequestIds,
+    ) -> (Arc<Self>, JobSender, mpsc::Receiver<Job>) {
+        let (sender, jobs) = mpsc::channel(QUEUE);
+        let worker = Arc::new(Self {
+            index,
+            sweep: shared.sweeps[index].clone(),
+            shared,
+            clock: AtomicU32::new(1),
+            watched: Mutex::new(Slab::new()),
+            request_ids: Mutex::new(request_ids),
+        });
+        (worker, sender, jobs)
+    }
+
+    /// Its number.
+    pub(super) fn index(&self) -> usize {
+        self.index
+    }
+
+    /// What it shares with the others.
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// What it counts.
+    pub(super) fn metrics(&self) -> &WorkerMetrics {
+        self.shared.metrics.worker(self.index)
+    }
+
+    /// The time in [`TICK`]s.
+    pub(super) fn now(&self) -> u32 {
+        self.clock.load(Ordering::Relaxed)
+    }
+
+    /// A name for a request that has none.
+    pub(super) fn request_id(&self) -> crate::headers::RequestId {
+        self.request_ids
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .next_id()
+    }
+
+    /// Takes connections until the queue's senders are gone.
+    pub(super) async fn run(self: Arc<Self>, mut jobs: mpsc::Receiver<Job>) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        loop {
+            tokio::select! {
+                job = jobs.recv() => match job {
+                    Some(job) => self.take(job),
+                    None => return,
+                },
+                _ = ticks.tick() => {
+                    self.clock.fetch_add(1, Ordering::Relaxed);
+                    self.sweep_connections();
+                }
+                () = self.sweep.notified() => self.sweep_connections(),
+            }
+        }
+    }
+
+    fn take(self: &Arc<Self>, job: Job) {
+        match job {
+            Job::Visitors(tenancy, batch) => {
+                for accepted in batch {
+                    visitor::admit(self, &tenancy, accepted);
+                }
+            }
+            Job::Agents(batch) => {
+                for accepted in batch {
+                    self.admit_agent(accepted);
+                }
+            }
+        }
+    }
+
+    /// Looks at each connection once: is it over, or beyond a limit of time?
+    fn sweep_connections(&self) {
+        let now = self.now();
+        let limits = &self.shared.config.http;
+        for (_, watched) in self.watched().iter() {
+            watched.inspect(now, limits);
+        }
+    }
+
+    /// Has every visitor's connection end after what it is doing.
+    pub(super) fn wind_down(&self) {
+        for (_, watched) in self.watched().iter() {
+            watched.wind_down();
+        }
+    }
+
+    /// Puts a connection among those the sweep looks at.
+    pub(super) fn watch(&self, watched: Arc<Watched>) -> usize {
+        self.watched().insert(watched)
+    }
+
+    /// Takes it out again.
+    pub(super) fn unwatch(&self, key: usize) {
+        let mut all = self.watched();
+        all.try_remove(key);
+        if all.is_empty() && all.capacity() > 1024 {
+            // What a burst has grown, an idle server doesn't keep.
+            *all = Slab::new();
+        }
+    }
+
+    fn watched(&self) -> std::sync::MutexGuard<'_, Slab<Arc<Watched>>> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn admit_agent(self: &Arc<Self>, accepted: Accepted) {
+        let shared = &self.shared;
+        let limit = shared.config.grpc.max_handshakes;
+        let Some(slot) = Handshake::begin(&self.shared, limit) else {
+            let failed = &self.metrics().handshakes_failed;
+            failed.inc(HandshakeFailure::Limit);
+            return;
+        };
+        match TcpStream::from_std(accepted.stream) {
+            Ok(stream) => {
+                let worker = self.clone();
+                tokio::spawn(async move {
+                    worker.serve_agent(stream, accepted.peer, slot).await;
+                });
+            }
+            Err(error) => debug!(%error, "connection lost before it was served"),
+        }
+    }
+
+    async fn serve_agent(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, slot: Handshake) {
+        let connection = Connection::new(peer);
+        let service = TunnelServer::new(TunnelService {
+            worker: self.clone(),
+            connection: connection.clone(),
+        })
+        .max_decoding_message_size(MAX_MESSAGE);
+        let service = Named {
+            inner: service,
+            connection: connection.clone(),
+        };
+        let mut http = std::pin::pin!(
+            http2::server()
+                .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service))
+        );
+        let deadline = tokio::time::sleep(self.shared.config.grpc.handshake_timeout);
+        let failed = tokio::select! {
+            outcome = &mut http => {
+                Some(if outcome.is_err() { HandshakeFailure::Protocol } else { HandshakeFailure::Closed })
+            }
+            () = connection.welcomed.cancelled() => None,
+            () = connection.over.cancelled() => {
+                // Rejected: the reason is on its way.
+                let _ = tokio::time::timeout(GOODBYE, &mut http).await;
+                return;
+            }
+            () = deadline => Some(HandshakeFailure::Timeout),
+        };
+        drop(slot);
+        if let Some(failure) = failed {
+            debug!(%peer, reason = failure.as_str(), "handshake failed");
+            self.metrics().handshakes_failed.inc(failure);
+            return;
+        }
+        tokio::select! {
+            _ = &mut http => {}
+            () = connection.over.cancelled() => {
+                let _ = tokio::time::timeout(GOODBYE, http).await;
+            }
+        }
+    }
+
+    /// Counts a refused connection.
+    pub(super) fn refuse(&self, reason: Refusal) {
+        self.metrics().connections_refused.inc(reason);
+    }
+}
+
+/// One of the places for connections that haven't shown who they are.
+struct Handshake(Arc<Shared>);
+
+impl Handshake {
+    fn begin(shared: &Arc<Shared>, limit: usize) -> Option<Self> {
+        let taken = shared.handshakes.fetch_add(1, Ordering::Relaxed);
+        let slot = Self(shared.clone());
+        (taken < limit).then_some(slot)
+    }
+}
+
+impl Drop for Handshake {
+    fn drop(&mut self) {
+        self.0.handshakes.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Notes by which name the agent reached us, on the way to the gRPC service.
+#[derive(Clone)]
+struct Named {
+    inner: TunnelServer<TunnelService>,
+    connection: Arc<Connection>,
+}
+
+impl<B> tower_service::Service<http::Request<B>> for Named
+where
+    TunnelServer<TunnelService>: tower_service::Service<http::Request<B>>,
+{
+    type Response =
+        <TunnelServer<TunnelService> as tower_service::Service<http::Request<B>>>::Response;
+    type Error = <TunnelServer<TunnelService> as tower_service::Service<http::Request<B>>>::Error;
+    type Future = <TunnelServer<TunnelService> as tower_service::Service<http::Request<B>>>::Future;
+
+    fn poll_ready(
+        &mut self,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        if let Some(host) = request.uri().host() {
+            self.connection.reached_by(host);
+        }
+        self.inner.call(request)
+    }
+}
