@@ -3,6 +3,9 @@
 //! Nothing here sleeps to wait for readiness: a process is ready when its log or the admin port
 //! says so, and every wait has a deadline after which the test fails with the logs.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(unreachable_pub, reason = "a test binary exports nothing")]
+
+pub mod raw;
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
