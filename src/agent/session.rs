@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use tonic::{Status, Streaming};
 
 use crate::id::Generation;
-use crate::link::{self, Ended, Link, Observer};
+use crate::link::{Ended, Link, Observer, http2};
 use crate::mux::{self, Budget, Frame, Pool};
 use crate::wire::{self, AgentMessage, Hello, Rejection, RejectionReason, ServerMessage};
 
@@ -50,7 +50,7 @@ pub enum Lost {
     Connect(#[source] io::Error),
     /// The server speaks no HTTP/2.
     #[error("the HTTP/2 handshake failed: {0}")]
-    Handshake(#[source] hyper::Error),
+    Handshake(#[source] http2::Error),
     /// The call was refused: whoever listens there is no silo-proxy server.
     #[error("the server refused the call: {}", .0.message())]
     Call(#[source] Status),
@@ -107,7 +107,7 @@ pub(super) struct Session<C> {
     open: oneshot::Sender<Infallible>,
 }
 
-type Client = wire::tunnel_client::TunnelClient<link::http2::Http2Service>;
+type Client = wire::tunnel_client::TunnelClient<http2::Http2Service>;
 
 /// What the server says of the session.
 #[derive(Debug)]
@@ -122,7 +122,7 @@ pub(super) struct Welcome {
 pub(super) async fn dial(
     agent: &Agent,
     last_port: u16,
-) -> Result<Session<impl Future<Output = hyper::Result<()>> + Send + use<>>, Lost> {
+) -> Result<Session<impl Future<Output = Result<(), http2::Error>> + Send + use<>>, Lost> {
     let address = &agent.shared.config.grpc.server_address;
     let connect = TcpStream::connect((address.host.as_str(), address.port));
     let stream = match timeout(CONNECT_TIMEOUT, connect).await {
@@ -140,8 +140,8 @@ async fn greet(
     agent: &Agent,
     stream: TcpStream,
     last_port: u16,
-) -> Result<Session<impl Future<Output = hyper::Result<()>> + Send + use<>>, Lost> {
-    let (service, connection) = link::http2::client(TokioIo::new(stream))
+) -> Result<Session<impl Future<Output = Result<(), http2::Error>> + Send + use<>>, Lost> {
+    let (service, connection) = http2::client(TokioIo::new(stream))
         .await
         .map_err(Lost::Handshake)?;
     let mut connection = Box::pin(connection);
@@ -245,7 +245,7 @@ impl Welcome {
 
 impl<C> Session<C>
 where
-    C: Future<Output = hyper::Result<()>> + Send,
+    C: Future<Output = Result<(), http2::Error>> + Send,
 {
     /// Carries exchanges until the session ends, the server asks to end it, or `shutdown` is
     /// over. In the last two cases the exchanges under way may go on for `grace`.
