@@ -94,7 +94,7 @@ mod tests {
             (SUCCESS, 200),
             (Duration::ZERO, 400),
         ] {
-            let drawn = reconnect.after(&Lost::NoWelcome, lived);
+            let drawn = reconnect.after(&Lost::NoWelcome(SLOW), lived);
             assert_eq!(drawn.as_millis(), wait);
         }
     }

@@ -28,7 +28,8 @@ use super::forward::Forwarder;
 /// one that isn't should be given up before the kernel does (about two minutes).
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// From the TCP connection to the welcome.
+/// From the TCP connection to the welcome, unless `grpc.heartbeat_timeout` is shorter: the server
+/// says something at once, or it is as dead as one that falls silent later.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the server has to end its side after the agent has ended its own.
@@ -55,8 +56,8 @@ pub enum Lost {
     #[error("the server refused the call: {}", .0.message())]
     Call(#[source] Status),
     /// No answer to the hello in time.
-    #[error("no welcome within {} s", WELCOME_TIMEOUT.as_secs())]
-    NoWelcome,
+    #[error("no welcome within {:.1} s", .0.as_secs_f64())]
+    NoWelcome(Duration),
     /// The welcome makes no sense.
     #[error("the server's welcome can't be understood: {0}")]
     BadWelcome(&'static str),
@@ -131,9 +132,10 @@ pub(super) async fn dial(
     };
     // Batches are whole messages: nothing is gained by waiting for more.
     stream.set_nodelay(true).map_err(Lost::Connect)?;
-    timeout(WELCOME_TIMEOUT, greet(agent, stream, last_port))
+    let patience = WELCOME_TIMEOUT.min(agent.shared.config.grpc.heartbeat_timeout);
+    timeout(patience, greet(agent, stream, last_port))
         .await
-        .unwrap_or(Err(Lost::NoWelcome))
+        .unwrap_or(Err(Lost::NoWelcome(patience)))
 }
 
 async fn greet(

@@ -148,6 +148,21 @@ async fn whatever_is_no_tunnel_server_is_no_session() {
 }
 
 #[tokio::test]
+async fn a_server_that_says_nothing_is_given_up() {
+    let local = Local::new().await;
+    let mut config = config(local.0.local_addr().unwrap(), 1);
+    config.grpc.heartbeat_timeout = Duration::from_millis(200);
+    let (mut events, _stop, agent) = start(config);
+    let mut silent = local.accept().await;
+    let Some(Event::Disconnected { why, .. }) = soon(events.recv()).await else {
+        panic!("not disconnected");
+    };
+    assert!(matches!(why, Lost::NoWelcome(_)), "{why:?}");
+    within_a_second(silent.closed()).await;
+    agent.abort();
+}
+
+#[tokio::test]
 async fn an_idle_agent_stops_at_once() {
     let mut stage = Stage::new().await;
     assert!(matches!(stage.event().await, Event::Connected { .. }));
