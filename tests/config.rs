@@ -116,7 +116,7 @@ fn the_defaults_are_those_of_the_contract() {
         (None, Duration::from_secs(5))
     );
     assert_eq!(server.max_buffered, 1 << 30);
-    assert_eq!(server.max_buffered_per_agent, 512 << 20);
+    assert_eq!(server.max_buffered_per_agent, 768 << 20);
 
     let agent = AgentConfig::new("a:1".parse().unwrap(), id("x"), "http://b".parse().unwrap());
     assert_eq!(agent.grpc.server_address.to_string(), "a:1");

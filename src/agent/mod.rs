@@ -1,1 +1,273 @@
-//! The agent: dials the server, forwards exchanges to the local service.
+//! The agent: holds a session with the server and forwards its exchanges to the local service.
+//!
+//! ```text
+//!  Agent::run ── one session at a time ──> session: dial, hello, welcome
+//!     │                                       │ drives the link, accepts exchanges
+//!     │ waits between sessions                v
+//!     └── reconnect                        Forwarder ──> one task a service connection
+//! ```
+//!
+//! An agent is light while it is idle: its session's task, the three that hyper starts for an
+//! HTTP/2 connection, and no timer but the session's. Thousands live on one thread.
+
+mod forward;
+mod reconnect;
+mod session;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::{Either, select};
+use thiserror::Error;
+use tracing::{error, info, warn};
+
+use crate::config::AgentConfig;
+use crate::id::{AgentId, Generation};
+use crate::wire::RejectionReason;
+
+use forward::{Forwarder, Service};
+use reconnect::Reconnect;
+
+pub use forward::ServiceError;
+pub use session::Lost;
+
+/// An agent that isn't running yet.
+pub struct Agent {
+    id: AgentId,
+    instance: [u8; 16],
+    shared: Arc<Shared>,
+    observer: Option<Arc<dyn Fn(Event) + Send + Sync>>,
+}
+
+/// What agents with the same settings have in common.
+struct Shared {
+    config: AgentConfig,
+    /// The server's address as tonic wants it.
+    origin: http::Uri,
+    service: Arc<Service>,
+}
+
+/// Why an agent can't be made of its settings.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    /// `grpc.server_address` can't be the authority of a URL.
+    #[error("grpc.server_address: {0}")]
+    ServerAddress(http::Error),
+    /// The local service can't be reached as the settings say.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+    /// The operating system gave no random bytes.
+    #[error("no random bytes: {0}")]
+    Random(getrandom::Error),
+}
+
+/// What happens to a running agent, in the order in which it happens.
+#[derive(Debug)]
+pub enum Event {
+    /// The server has welcomed the agent: visitors can come.
+    Connected {
+        /// The agent's port on the server.
+        port: u16,
+        /// Where visitors reach it.
+        public_url: String,
+        /// The server's number for the session.
+        generation: Generation,
+    },
+    /// The server doesn't want the agent now, or no longer. No session is left.
+    Rejected {
+        /// The typed reason.
+        reason: RejectionReason,
+        /// The server's words.
+        detail: String,
+        /// When the agent tries again.
+        retry_in: Duration,
+    },
+    /// The session was lost, or none came about.
+    Disconnected {
+        /// What failed.
+        why: Lost,
+        /// When the agent tries again.
+        retry_in: Duration,
+    },
+}
+
+impl Agent {
+    /// Prepares an agent: reads the certificates that `local.tls` needs, connects nowhere.
+    ///
+    /// # Errors
+    /// See [`AgentError`]; all of them are faults of the settings or of the host.
+    pub fn new(config: AgentConfig) -> Result<Self, AgentError> {
+        let origin = http::Uri::builder()
+            .scheme("http")
+            .authority(config.grpc.server_address.to_string())
+            .path_and_query("/")
+            .build()
+            .map_err(AgentError::ServerAddress)?;
+        let service = Arc::new(Service::new(&config.local)?);
+        let id = config.grpc.agent_id.clone();
+        let shared = Arc::new(Shared {
+            config,
+            origin,
+            service,
+        });
+        Self::with_shared(id, shared)
+    }
+
+    /// Another agent with the same settings but for the id. They share certificates and settings,
+    /// and nothing else.
+    ///
+    /// # Errors
+    /// [`AgentError::Random`].
+    pub fn with_id(&self, id: AgentId) -> Result<Self, AgentError> {
+        Self::with_shared(id, self.shared.clone())
+    }
+
+    fn with_shared(id: AgentId, shared: Arc<Shared>) -> Result<Self, AgentError> {
+        let mut instance = [0; 16];
+        getrandom::fill(&mut instance).map_err(AgentError::Random)?;
+        Ok(Self {
+            id,
+            instance,
+            shared,
+            observer: None,
+        })
+    }
+
+    /// Calls `observer` with each [`Event`], on the agent's own task: it must not block.
+    pub fn on_event(mut self, observer: impl Fn(Event) + Send + Sync + 'static) -> Self {
+        self.observer = Some(Arc::new(observer));
+        self
+    }
+
+    /// The agent's id.
+    pub fn id(&self) -> &AgentId {
+        &self.id
+    }
+
+    /// Holds a session with the server, again and again, until `shutdown` is over. Then no new
+    /// exchanges are taken, those under way may go on for `agent.grace`, and the session ends.
+    ///
+    /// Dropping the future ends the session and every exchange at once.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) {
+        let mut shutdown = pin!(shutdown);
+        let local = &self.shared.config.local;
+        let forwarder = Forwarder::new(self.shared.service.clone(), local);
+        let mut reconnect = Reconnect::new();
+        let mut last_port = 0;
+        loop {
+            let dial = pin!(session::dial(&self, last_port));
+            let ended = match select(dial, shutdown.as_mut()).await {
+                Either::Right(((), _)) => return,
+                Either::Left((Err(lost), _)) => lost,
+                Either::Left((Ok(session), _)) => {
+                    let welcome = &session.welcome;
+                    last_port = welcome.port;
+                    reconnect.connected();
+                    info!(agent = %self.id, port = welcome.port, url = %welcome.public_url, "connected");
+                    self.report(Event::Connected {
+                        port: welcome.port,
+                        public_url: welcome.public_url.clone(),
+                        generation: welcome.generation,
+                    });
+                    let grace = self.shared.config.agent.grace;
+                    match session.run(&forwarder, shutdown.as_mut(), grace).await {
+                        session::Outcome::Stopped => return,
+                        session::Outcome::Lost(lost) => lost,
+                    }
+                }
+            };
+            let retry_in = reconnect.after(&ended);
+            self.report_end(ended, retry_in);
+            let wait = pin!(tokio::time::sleep(retry_in));
+            if let Either::Right(_) = select(wait, shutdown.as_mut()).await {
+                return;
+            }
+        }
+    }
+
+    fn report_end(&self, ended: Lost, retry_in: Duration) {
+        let agent = &self.id;
+        let retry = Seconds(retry_in);
+        let (reason, detail) = match ended {
+            Lost::Rejected { reason, detail, .. } => (reason, detail),
+            why => {
+                info!(%agent, %why, retry_in = %retry, "disconnected");
+                return self.report(Event::Disconnected { why, retry_in });
+            }
+        };
+        match advice(reason) {
+            Some((true, advice)) => {
+                error!(%agent, ?reason, detail, retry_in = %retry, "rejected; {advice}");
+            }
+            Some((false, advice)) => {
+                warn!(%agent, ?reason, detail, retry_in = %retry, "rejected; {advice}");
+            }
+            None => info!(%agent, ?reason, detail, retry_in = %retry, "rejected"),
+        }
+        self.report(Event::Rejected {
+            reason,
+            detail,
+            retry_in,
+        });
+    }
+
+    fn report(&self, event: Event) {
+        if let Some(observer) = &self.observer {
+            observer(event);
+        }
+    }
+}
+
+impl fmt::Debug for Agent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Agent")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a person has to do about a rejection, and whether nothing helps without it.
+fn advice(reason: RejectionReason) -> Option<(bool, &'static str)> {
+    match reason {
+        RejectionReason::Auth => Some((
+            true,
+            "set grpc.token (SILO_GRPC_TOKEN) to the token the server has for this agent's id",
+        )),
+        RejectionReason::Version => Some((
+            true,
+            "install the version of silo-proxy that the server runs",
+        )),
+        RejectionReason::Malformed => Some((
+            true,
+            "check that grpc.server_address is a silo-proxy server of a version near this one",
+        )),
+        RejectionReason::Duplicate => {
+            Some((false, "another agent holds this id: give each its own"))
+        }
+        RejectionReason::Replaced => Some((
+            false,
+            "another agent with this id has connected: give each its own",
+        )),
+        RejectionReason::PortExhausted => {
+            Some((false, "widen http.agent_port_range on the server"))
+        }
+        RejectionReason::Unspecified | RejectionReason::Draining | RejectionReason::Unavailable => {
+            None
+        }
+    }
+}
+
+/// A wait as people read it: `1.5s`.
+struct Seconds(Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.1}s", self.0.as_secs_f64())
+    }
+}

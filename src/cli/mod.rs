@@ -1,7 +1,7 @@
 //! The command line, one file a subcommand.
 
-pub mod agents;
 mod agent;
+pub mod agents;
 mod demo;
 mod server;
 pub mod services;
@@ -52,9 +52,8 @@ pub fn run() -> ExitCode {
         Command::Server(args) => server::run(args),
         Command::Agent(args) => agent::run(args),
         Command::Demo(args) => demo::run(args),
-        Command::Agents(args) => block_on(agents::run(&args, variable)).and_then(|outcome| {
-            outcome.map_err(Failure::failed)
-        }),
+        Command::Agents(args) => block_on(agents::run(&args, variable))
+            .and_then(|outcome| outcome.map_err(Failure::failed)),
         Command::Swarm(args) => swarm::run(args),
     };
     match outcome {
@@ -107,7 +106,10 @@ fn sources(file: Option<&Path>) -> Sources {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "the one place where the command line reads it")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one place where the command line reads it"
+)]
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }

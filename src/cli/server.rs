@@ -1,6 +1,8 @@
 //! `silo-proxy server`: accepts agents and their visitors, until told to stop.
 
-use super::{ConfigArg, Outcome, block_on, raise_descriptor_limit, sources, start_log, told_to_stop};
+use super::{
+    ConfigArg, Outcome, block_on, raise_descriptor_limit, sources, start_log, told_to_stop,
+};
 use crate::config::ServerConfig;
 use crate::server::Server;
 
@@ -8,13 +10,15 @@ use super::Failure;
 
 /// Run the server: agents connect to it, visitors reach them through it
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Without a file every setting has its default: admin port 127.0.0.1:8080,
+#[command(
+    after_help = "Without a file every setting has its default: admin port 127.0.0.1:8080,
 tunnel port 9090 (agents of this host only, until a credential is set), agents' ports 8100-8200.
 
 Examples:
   silo-proxy server
   silo-proxy server --config /etc/silo-proxy/server.yaml
-  SILO_GRPC_AUTH_SHARED_TOKEN_FILE=token.txt silo-proxy server")]
+  SILO_GRPC_AUTH_SHARED_TOKEN_FILE=token.txt silo-proxy server"
+)]
 pub(super) struct ServerArgs {
     #[command(flatten)]
     file: ConfigArg,

@@ -65,18 +65,21 @@ pub async fn serve(listener: TcpListener, name: String, shutdown: impl Future<Ou
 /// Answers every request on `listener` with a small fixed text, over connections that are kept
 /// alive, until the future is dropped.
 ///
-/// One serves all agents of a `swarm`, so it does as little as a service can.
-pub async fn serve_small(listener: TcpListener) {
+/// One serves all agents of a `swarm`, so it does as little as a service can. `served` counts the
+/// requests.
+pub async fn serve_small(listener: TcpListener, served: Arc<AtomicU64>) {
     let mut http = http1::Builder::new();
     http.max_buf_size(SMALL_BUFFER);
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             stream = accept(&listener) => {
-                let answer = service_fn(|_: Request<Incoming>| async {
+                let served = served.clone();
+                let answer = service_fn(move |_: Request<Incoming>| {
+                    served.fetch_add(1, Ordering::Relaxed);
                     let mut response = Response::new(Full::new(Bytes::from_static(SMALL_ANSWER)));
                     response.headers_mut().insert(CONTENT_TYPE, PLAIN_TEXT);
-                    Ok::<_, Infallible>(response)
+                    std::future::ready(Ok::<_, Infallible>(response))
                 });
                 let connection = http.serve_connection(TokioIo::new(stream), answer);
                 // A connection that breaks concerns nobody but its peer.
@@ -426,7 +429,8 @@ mod tests {
     async fn the_small_service_keeps_connections_alive() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let service = tokio::spawn(serve_small(listener));
+        let served = Arc::new(AtomicU64::new(0));
+        let service = tokio::spawn(serve_small(listener, served.clone()));
         let mut stream = TcpStream::connect(address).await.unwrap();
         for _ in 0..3 {
             let request = b"POST /any HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\nhi";
@@ -434,6 +438,7 @@ mod tests {
             let answer = read_until(&mut stream, "swarm.\n").await;
             assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
         }
+        assert_eq!(served.load(Ordering::Relaxed), 3);
         service.abort();
         assert!(service.await.unwrap_err().is_cancelled());
         assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);

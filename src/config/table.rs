@@ -455,8 +455,8 @@ static SERVER: &[Setting] = &[
     setting(
         "server.max_buffered_per_agent",
         size(MIB, TIB),
-        "512MiB",
-        "The same for one agent, so that it can't take all. If `server.max_buffered` is set to less, that counts.",
+        "768MiB",
+        "The same for one agent, so that it can't take all: room for 16,384 requests with 32 KiB each, and half as much again to lend to large bodies. If `server.max_buffered` is set to less, that counts.",
     ),
 ];
 

@@ -1,6 +1,7 @@
 //! The HTTP/2 connections under the tunnels: hyper futures that their owner drives and drops.
 
 use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use http::{Request, Response};
@@ -8,6 +9,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::http2::SendRequest;
 use hyper::rt::{Read, Write};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use tokio::task::AbortHandle;
 
 /// The largest HTTP/2 frame accepted: a batch goes in one.
 const MAX_FRAME: u32 = 128 * 1024;
@@ -36,7 +38,9 @@ pub fn server() -> hyper::server::conn::http2::Builder<TokioExecutor> {
 }
 
 /// Opens the client's end of a tunnel connection: a service for tonic's client, and the
-/// connection, which does nothing unless it is polled and ends when it is dropped.
+/// connection, which does nothing unless it is polled and ends when it is dropped, with every
+/// task that hyper has started for it: a peer that takes no bytes any more can't keep it open.
+/// It also ends when the service and its clones are gone, so hold one as long as the tunnel.
 pub async fn client<T>(
     io: T,
 ) -> hyper::Result<(
@@ -46,7 +50,9 @@ pub async fn client<T>(
 where
     T: Read + Write + Unpin + Send + 'static,
 {
-    let (sender, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
+    let tasks = Tasks::default();
+    let abort = AbortOnDrop(tasks.clone());
+    let (sender, connection) = hyper::client::conn::http2::Builder::new(tasks)
         .timer(TokioTimer::new())
         .adaptive_window(true)
         .max_frame_size(MAX_FRAME)
@@ -54,7 +60,35 @@ where
         .max_header_list_size(MAX_HEADER_LIST)
         .handshake(io)
         .await?;
+    let connection = async move {
+        let _abort = abort;
+        connection.await
+    };
     Ok((Http2Service(sender), connection))
+}
+
+/// The tasks of one client connection: its I/O and, as a tunnel is one stream, two for that.
+#[derive(Clone, Default)]
+struct Tasks(Arc<Mutex<Vec<AbortHandle>>>);
+
+impl<F> hyper::rt::Executor<F> for Tasks
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, task: F) {
+        let handle = tokio::spawn(task).abort_handle();
+        let mut handles = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        handles.push(handle);
+    }
+}
+
+struct AbortOnDrop(Tasks);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        let mut handles = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        handles.drain(..).for_each(|handle| handle.abort());
+    }
 }
 
 /// Sends tonic's requests over one HTTP/2 connection.

@@ -26,7 +26,7 @@ use crate::mux::{
     self, BATCH_BYTES, Budget, Config, Frame, HeadRead, Key, OpenError, Read, Reason, Session,
     SessionError,
 };
-use crate::wire::{Frames, WireError};
+use crate::wire::{Frames, Rejection, WireError};
 
 /// One end of a tunnel, to be cloned into every task that uses it.
 #[derive(Clone)]
@@ -92,6 +92,10 @@ pub trait Observer {
     fn received(&mut self, frames: usize);
     /// A heartbeat came back.
     fn round_trip(&mut self, round_trip: Duration);
+    /// The server said why it is about to end the session. Exchanges go on until it does.
+    fn rejected(&mut self, rejection: Rejection) {
+        let _ = rejection;
+    }
 }
 
 impl Link {
@@ -180,7 +184,10 @@ impl Link {
             });
             let message = pin!(messages.message());
             match select(message, select(timer.as_mut(), closed)).await {
-                Either::Left((Ok(Some(message)), _)) => {
+                Either::Left((Ok(Some(mut message)), _)) => {
+                    if let Some(rejection) = message.take_rejection() {
+                        observer.rejected(rejection);
+                    }
                     let received = match self.receive(message) {
                         Ok(received) => received,
                         Err(ended) => return ended,
@@ -452,6 +459,19 @@ impl Exchange {
                 Poll::Pending
             }
             capacity => Poll::Ready(capacity),
+        }
+    }
+
+    /// Waits until the peer, or the end of the tunnel, has made it useless to send anything, and
+    /// says why. Only for an exchange whose own side isn't ended yet.
+    pub fn poll_reset(&self, cx: &mut Context<'_>) -> Poll<Reason> {
+        let mut state = self.0.link.lock();
+        match state.session.capacity(self.0.key) {
+            Ok(_) => {
+                set_waker(&mut state.waiting(self.0.key).writer, cx);
+                Poll::Pending
+            }
+            Err(reason) => Poll::Ready(reason),
         }
     }
 

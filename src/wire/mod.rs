@@ -72,6 +72,11 @@ impl From<Vec<mux::Frame>> for ServerMessage {
 pub trait Frames {
     /// Takes the frames out; kinds this version doesn't know are left out.
     fn into_frames(self) -> impl Iterator<Item = Result<mux::Frame, WireError>>;
+
+    /// Takes out the rejection, if the message brings one. Only the server's do.
+    fn take_rejection(&mut self) -> Option<Rejection> {
+        None
+    }
 }
 
 impl Frames for AgentMessage {
@@ -83,6 +88,10 @@ impl Frames for AgentMessage {
 impl Frames for ServerMessage {
     fn into_frames(self) -> impl Iterator<Item = Result<mux::Frame, WireError>> {
         self.frames.into_iter().filter_map(decode)
+    }
+
+    fn take_rejection(&mut self) -> Option<Rejection> {
+        self.rejection.take()
     }
 }
 

@@ -1,0 +1,134 @@
+//! When to try again.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::backoff::Backoff;
+use crate::wire::RejectionReason;
+
+use super::session::Lost;
+
+/// A session that lived as long as this was a success, and the next wait is short again. One that
+/// is welcomed and dropped at once is none, else a broken server would be asked without a pause.
+const SUCCESS: Duration = Duration::from_secs(10);
+
+/// The least wait after a rejection that only a person can mend, and after another agent took the
+/// id: two agents with one id would drive each other out without a pause.
+const SLOW: Duration = Duration::from_secs(30);
+
+/// Decides how long to wait before the next session.
+pub(super) struct Reconnect {
+    backoff: Backoff,
+    connected_at: Option<Instant>,
+    random: fn() -> u64,
+}
+
+impl Reconnect {
+    pub(super) fn new() -> Self {
+        Self {
+            backoff: Backoff::default(),
+            connected_at: None,
+            // Without random numbers the whole wait is still a wait, only not a spread one.
+            random: || getrandom::u64().unwrap_or(u64::MAX),
+        }
+    }
+
+    /// The server has welcomed the agent.
+    pub(super) fn connected(&mut self) {
+        self.connected_at = Some(Instant::now());
+    }
+
+    /// The wait after a session ended, or after none came about.
+    ///
+    /// What the server asks for is obeyed: the wait is that long at least, and up to a quarter
+    /// longer, so that those who were rejected together don't come back together.
+    pub(super) fn after(&mut self, ended: &Lost) -> Duration {
+        let lived = self.connected_at.take().map(|at| at.elapsed());
+        if lived.is_some_and(|lived| lived >= SUCCESS) {
+            self.backoff.reset();
+        }
+        let Lost::Rejected {
+            reason,
+            retry_after,
+            ..
+        } = ended
+        else {
+            return self.backoff.next((self.random)());
+        };
+        let least = match (reason, retry_after) {
+            (RejectionReason::Replaced, asked) => asked.unwrap_or_default().max(SLOW),
+            (_, Some(asked)) => *asked,
+            (
+                RejectionReason::Auth
+                | RejectionReason::Version
+                | RejectionReason::Malformed
+                | RejectionReason::Duplicate,
+                None,
+            ) => SLOW,
+            (_, None) => return self.backoff.next((self.random)()),
+        };
+        let jitter = Backoff::new(least / 4, least / 4).next((self.random)());
+        least + jitter
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reconnect() -> Reconnect {
+        Reconnect {
+            random: || u64::MAX,
+            ..Reconnect::new()
+        }
+    }
+
+    fn rejected(reason: RejectionReason, retry_after: Option<u64>) -> Lost {
+        Lost::Rejected {
+            reason,
+            detail: String::new(),
+            retry_after: retry_after.map(Duration::from_millis),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_session_that_lived_shortens_the_next_wait() {
+        let mut reconnect = reconnect();
+        let millis = |wait: Duration| wait.as_millis();
+        assert_eq!(millis(reconnect.after(&Lost::NoWelcome)), 200);
+        assert_eq!(millis(reconnect.after(&Lost::NoWelcome)), 400);
+        reconnect.connected();
+        tokio::time::advance(SUCCESS - Duration::from_millis(1)).await;
+        assert_eq!(millis(reconnect.after(&Lost::NoWelcome)), 800);
+        reconnect.connected();
+        tokio::time::advance(SUCCESS).await;
+        assert_eq!(millis(reconnect.after(&Lost::NoWelcome)), 200);
+    }
+
+    #[test]
+    fn a_rejection_is_obeyed() {
+        let mut most = reconnect();
+        let mut least = Reconnect {
+            random: || 0,
+            ..Reconnect::new()
+        };
+        for (reason, asked, range) in [
+            (RejectionReason::PortExhausted, Some(1_000), 1_000..=1_250),
+            (RejectionReason::Auth, Some(2_000), 2_000..=2_500),
+            (RejectionReason::Auth, None, 30_000..=37_500),
+            (RejectionReason::Version, None, 30_000..=37_500),
+            (RejectionReason::Replaced, Some(1_000), 30_000..=37_500),
+            (RejectionReason::Replaced, Some(40_000), 40_000..=50_000),
+            (RejectionReason::Draining, None, 0..=200),
+        ] {
+            let ended = rejected(reason, asked);
+            assert_eq!(
+                least.after(&ended).as_millis(),
+                *range.start(),
+                "{reason:?}"
+            );
+            assert_eq!(most.after(&ended).as_millis(), *range.end(), "{reason:?}");
+        }
+    }
+}

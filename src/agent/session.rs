@@ -1,0 +1,378 @@
+//! One session with the server: from the TCP connection to its end.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use futures_util::Stream;
+use futures_util::future::{Either, poll_fn, select};
+use hyper_util::rt::TokioIo;
+use thiserror::Error;
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use tonic::{Status, Streaming};
+
+use crate::id::Generation;
+use crate::link::{self, Ended, Link, Observer};
+use crate::mux::{self, Budget, Frame, Pool};
+use crate::wire::{self, AgentMessage, Hello, Rejection, RejectionReason, ServerMessage};
+
+use super::Agent;
+use super::forward::Forwarder;
+
+/// For the TCP connection. A server that is there answers within a second even from far away;
+/// one that isn't should be given up before the kernel does (about two minutes).
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// From the TCP connection to the welcome.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the server has to end its side after the agent has ended its own.
+const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The most exchanges an agent lets a server agree upon: each may hold 32 KiB, and slots are
+/// numbered.
+const MAX_EXCHANGES: u32 = 1 << 20;
+
+/// What all exchanges of a session together may hold beyond what is reserved for each: windows
+/// that have grown for fast bodies, and heads.
+const LOANS: usize = 256 * 1024 * 1024;
+
+/// Why there is no session.
+#[derive(Debug, Error)]
+pub enum Lost {
+    /// The server can't be reached.
+    #[error("can't connect to the server: {0}")]
+    Connect(#[source] io::Error),
+    /// The server speaks no HTTP/2.
+    #[error("the HTTP/2 handshake failed: {0}")]
+    Handshake(#[source] hyper::Error),
+    /// The call was refused: whoever listens there is no silo-proxy server.
+    #[error("the server refused the call: {}", .0.message())]
+    Call(#[source] Status),
+    /// No answer to the hello in time.
+    #[error("no welcome within {} s", WELCOME_TIMEOUT.as_secs())]
+    NoWelcome,
+    /// The welcome makes no sense.
+    #[error("the server's welcome can't be understood: {0}")]
+    BadWelcome(&'static str),
+    /// The server doesn't want the agent.
+    #[error("rejected: {detail}")]
+    Rejected {
+        /// The typed reason.
+        reason: RejectionReason,
+        /// The server's words.
+        detail: String,
+        /// The least wait the server asks for.
+        retry_after: Option<Duration>,
+    },
+    /// The session has ended.
+    #[error("{0}")]
+    Ended(#[from] Ended),
+}
+
+impl From<Rejection> for Lost {
+    fn from(rejection: Rejection) -> Self {
+        let retry_after = rejection.retry_after_ms;
+        Self::Rejected {
+            reason: rejection.reason(),
+            detail: rejection.detail,
+            retry_after: (retry_after > 0).then(|| Duration::from_millis(retry_after.into())),
+        }
+    }
+}
+
+/// How a session's run ended.
+pub(super) enum Outcome {
+    /// By the agent's own shutdown.
+    Stopped,
+    /// Otherwise.
+    Lost(Lost),
+}
+
+/// A session that the server has welcomed.
+pub(super) struct Session<C> {
+    pub(super) welcome: Welcome,
+    link: Link,
+    messages: Streaming<ServerMessage>,
+    /// The HTTP/2 connection, to be polled; dropping it closes it.
+    connection: Pin<Box<C>>,
+    /// Keeps the connection open.
+    _client: Client,
+    /// Dropped to end the outbound stream in good order.
+    open: oneshot::Sender<Infallible>,
+}
+
+type Client = wire::tunnel_client::TunnelClient<link::http2::Http2Service>;
+
+/// What the server says of the session.
+#[derive(Debug)]
+pub(super) struct Welcome {
+    pub(super) port: u16,
+    pub(super) public_url: String,
+    pub(super) generation: Generation,
+    config: mux::Config,
+}
+
+/// Connects to the server and says hello.
+pub(super) async fn dial(
+    agent: &Agent,
+    last_port: u16,
+) -> Result<Session<impl Future<Output = hyper::Result<()>> + Send + use<>>, Lost> {
+    let address = &agent.shared.config.grpc.server_address;
+    let connect = TcpStream::connect((address.host.as_str(), address.port));
+    let stream = match timeout(CONNECT_TIMEOUT, connect).await {
+        Ok(connected) => connected.map_err(Lost::Connect)?,
+        Err(_) => return Err(Lost::Connect(io::ErrorKind::TimedOut.into())),
+    };
+    // Batches are whole messages: nothing is gained by waiting for more.
+    stream.set_nodelay(true).map_err(Lost::Connect)?;
+    timeout(WELCOME_TIMEOUT, greet(agent, stream, last_port))
+        .await
+        .unwrap_or(Err(Lost::NoWelcome))
+}
+
+async fn greet(
+    agent: &Agent,
+    stream: TcpStream,
+    last_port: u16,
+) -> Result<Session<impl Future<Output = hyper::Result<()>> + Send + use<>>, Lost> {
+    let (service, connection) = link::http2::client(TokioIo::new(stream))
+        .await
+        .map_err(Lost::Handshake)?;
+    let mut connection = Box::pin(connection);
+    let mut client = Client::with_origin(service, agent.shared.origin.clone())
+        .max_decoding_message_size(wire::MAX_MESSAGE);
+    let (give_link, link) = oneshot::channel();
+    let (open, closing) = oneshot::channel();
+    let outbound = Outbound {
+        state: State::Hello(Box::new(hello(agent, last_port))),
+        link,
+        closing,
+        frames: Vec::new(),
+    };
+    let first = async {
+        let mut messages = client
+            .connect(outbound)
+            .await
+            .map_err(Lost::Call)?
+            .into_inner();
+        let first = messages.message().await.map_err(Lost::Call)?;
+        Ok::<_, Lost>((messages, first))
+    };
+    // The connection's own error says less than the call's, which follows from it.
+    let (messages, first) = {
+        let first = pin!(first);
+        match select(first, connection.as_mut()).await {
+            Either::Left((first, _)) => first?,
+            Either::Right((_, first)) => first.await?,
+        }
+    };
+    let first = first.ok_or(Lost::Ended(Ended::Closed))?;
+    if let Some(rejection) = first.rejection {
+        return Err(rejection.into());
+    }
+    let welcome = first
+        .welcome
+        .ok_or(Lost::BadWelcome("neither a welcome nor a rejection"))?;
+    let welcome = Welcome::read(welcome)?;
+    let exchanges = welcome.config.max_exchanges as usize;
+    let reserved = exchanges.saturating_mul(2 * mux::RESERVED_WINDOW as usize);
+    let limit = reserved.saturating_add(LOANS);
+    let link = Link::acceptor(welcome.config, Budget::new(Pool::new(limit), limit));
+    // The stream is gone only if the connection is, which the first read will say.
+    let _ = give_link.send(link.clone());
+    Ok(Session {
+        welcome,
+        link,
+        messages,
+        connection,
+        _client: client,
+        open,
+    })
+}
+
+fn hello(agent: &Agent, last_port: u16) -> Hello {
+    let token = &agent.shared.config.grpc.token;
+    Hello {
+        version: wire::VERSION,
+        agent_id: agent.id.to_string(),
+        credential: token
+            .as_ref()
+            .map(|token| token.expose().as_bytes().to_vec().into())
+            .unwrap_or_default(),
+        instance: agent.instance.to_vec().into(),
+        software: concat!("silo-proxy/", env!("CARGO_PKG_VERSION")).into(),
+        last_port: last_port.into(),
+        ..Hello::default()
+    }
+}
+
+impl Welcome {
+    fn read(welcome: wire::Welcome) -> Result<Self, Lost> {
+        if !(wire::OLDEST_VERSION..=wire::VERSION).contains(&welcome.version) {
+            return Err(Lost::BadWelcome(
+                "a protocol version that isn't spoken here",
+            ));
+        }
+        let port = u16::try_from(welcome.port)
+            .ok()
+            .filter(|port| *port != 0)
+            .ok_or(Lost::BadWelcome("an impossible port"))?;
+        if !(1..=MAX_EXCHANGES).contains(&welcome.max_exchanges) {
+            return Err(Lost::BadWelcome("an impossible number of exchanges"));
+        }
+        let interval = welcome.heartbeat_interval_ms;
+        if interval == 0 || welcome.heartbeat_timeout_ms <= interval {
+            return Err(Lost::BadWelcome("impossible heartbeats"));
+        }
+        Ok(Self {
+            port,
+            public_url: welcome.public_url,
+            generation: Generation(welcome.generation),
+            config: mux::Config {
+                max_exchanges: welcome.max_exchanges,
+                heartbeat_interval: Duration::from_millis(interval.into()),
+                heartbeat_timeout: Duration::from_millis(welcome.heartbeat_timeout_ms.into()),
+            },
+        })
+    }
+}
+
+impl<C> Session<C>
+where
+    C: Future<Output = hyper::Result<()>> + Send,
+{
+    /// Carries exchanges until the session ends, the server asks to end it, or `shutdown` is
+    /// over. In the last two cases the exchanges under way may go on for `grace`.
+    pub(super) async fn run(
+        self,
+        forwarder: &Forwarder,
+        shutdown: Pin<&mut (impl Future<Output = ()> + Send)>,
+        grace: Duration,
+    ) -> Outcome {
+        let Self {
+            link,
+            messages,
+            mut connection,
+            _client,
+            open,
+            ..
+        } = self;
+        let (tell, told) = oneshot::channel();
+        let mut observer = Rejected(Some(tell));
+        let mut drive = pin!(link.drive(messages, &mut observer));
+        let mut connected = true;
+        let mut carry = pin!(poll_fn(|cx| {
+            let ended = drive.as_mut().poll(cx);
+            // Exchanges come only while the line above runs: nobody has to wake this task for them.
+            let mut unwoken = Context::from_waker(Waker::noop());
+            while let Poll::Ready(Some((exchange, head))) = link.poll_accept(&mut unwoken) {
+                forwarder.submit(exchange, head);
+            }
+            // Its end is seen by the stream in it, with a better reason.
+            connected = connected && connection.as_mut().poll(cx).is_pending();
+            ended
+        }));
+
+        let told = async {
+            match told.await {
+                Ok(rejection) => rejection,
+                Err(_) => std::future::pending().await,
+            }
+        };
+        let rejection = match select(carry.as_mut(), select(shutdown, pin!(told))).await {
+            Either::Left((ended, _)) => return Outcome::Lost(ended.into()),
+            Either::Right((Either::Left(_), _)) => None,
+            Either::Right((Either::Right((rejection, _)), _)) => Some(rejection),
+        };
+
+        link.drain();
+        let idle = pin!(timeout(grace, link.idle()));
+        if let Either::Right(_) = select(carry.as_mut(), idle).await {
+            // What is still to be sent goes first, then the stream ends, then the server's does.
+            drop(open);
+            let _ = timeout(FAREWELL_TIMEOUT, carry).await;
+        }
+        link.close();
+        match rejection {
+            None => Outcome::Stopped,
+            Some(rejection) => Outcome::Lost(rejection.into()),
+        }
+    }
+}
+
+/// Passes on the rejection that ends a session.
+struct Rejected(Option<oneshot::Sender<Rejection>>);
+
+impl Observer for Rejected {
+    fn received(&mut self, _frames: usize) {}
+
+    fn round_trip(&mut self, _round_trip: Duration) {}
+
+    fn rejected(&mut self, rejection: Rejection) {
+        if let Some(tell) = self.0.take() {
+            // Nobody listens any more if the session is ending anyway.
+            let _ = tell.send(rejection);
+        }
+    }
+}
+
+/// What the agent sends: the hello, and once there is a link, what that has to send.
+struct Outbound {
+    state: State,
+    link: oneshot::Receiver<Link>,
+    /// Over when the stream is to end as soon as everything has been sent.
+    closing: oneshot::Receiver<Infallible>,
+    frames: Vec<Frame>,
+}
+
+enum State {
+    Hello(Box<Hello>),
+    Greeted,
+    Linked(Link),
+    Ended,
+}
+
+impl Stream for Outbound {
+    type Item = AgentMessage;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<AgentMessage>> {
+        let this = self.get_mut();
+        loop {
+            match &this.state {
+                State::Hello(_) => {
+                    let State::Hello(hello) = std::mem::replace(&mut this.state, State::Greeted)
+                    else {
+                        continue;
+                    };
+                    return Poll::Ready(Some(AgentMessage {
+                        hello: Some(*hello),
+                        frames: Vec::new(),
+                    }));
+                }
+                State::Greeted => match Pin::new(&mut this.link).poll(cx) {
+                    Poll::Ready(Ok(link)) => this.state = State::Linked(link),
+                    Poll::Ready(Err(_)) => this.state = State::Ended,
+                    Poll::Pending => return Poll::Pending,
+                },
+                State::Linked(link) => match link.poll_transmit(cx, &mut this.frames) {
+                    Poll::Ready(true) => {
+                        let frames = std::mem::take(&mut this.frames);
+                        return Poll::Ready(Some(frames.into()));
+                    }
+                    Poll::Ready(false) => this.state = State::Ended,
+                    Poll::Pending => match Pin::new(&mut this.closing).poll(cx) {
+                        Poll::Ready(_) => this.state = State::Ended,
+                        Poll::Pending => return Poll::Pending,
+                    },
+                },
+                State::Ended => return Poll::Ready(None),
+            }
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! `silo-proxy agent`: keeps a local service reachable through a server, until told to stop.
+
+use std::path::PathBuf;
+
+use super::{
+    ConfigArg, Failure, Outcome, block_on, raise_descriptor_limit, say, sources, start_log,
+    told_to_stop,
+};
+use crate::agent::{Agent, Event};
+use crate::config::{AgentConfig, Sources};
+
+/// Run an agent: it makes a local service reachable through a server
+#[derive(Debug, clap::Args)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:
+  silo-proxy agent http 3000 --server proxy.example:9090 --id my-service
+  silo-proxy agent http 3000 --server proxy.example:9090 --id my-service --token-file token.txt
+  silo-proxy agent --config /etc/silo-proxy/agent.yaml"
+)]
+pub(super) struct AgentArgs {
+    #[command(flatten)]
+    file: ConfigArg,
+    #[command(subcommand)]
+    what: Option<What>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Make an HTTP service reachable, without a file of settings
+    Http(HttpArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct HttpArgs {
+    /// The service: a port of this host, HOST:PORT, or a URL such as https://localhost:8443
+    #[arg(value_name = "PORT|HOST:PORT|URL")]
+    service: String,
+    /// The server's tunnel port
+    #[arg(long, value_name = "HOST:PORT")]
+    server: String,
+    /// The name by which the server knows this agent: a-z, 0-9, '.', '_', '-'
+    #[arg(long, value_name = "NAME")]
+    id: String,
+    /// File with the agent's token; without it SILO_GRPC_TOKEN is used if it is set
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+pub(super) fn run(args: AgentArgs) -> Outcome {
+    let sources = match args.what {
+        None => sources(args.file.config.as_deref()),
+        Some(What::Http(http)) => http.sources(),
+    };
+    let config = AgentConfig::load(&sources)?;
+    start_log(&config.log)?;
+    raise_descriptor_limit();
+    let service = config.local.service_url.to_string();
+    let agent = Agent::new(config)
+        .map_err(Failure::usage)?
+        .on_event(move |event| {
+            // The rest is in the log.
+            if let Event::Connected { public_url, .. } = event {
+                say(format_args!("{public_url} -> {service}"));
+            }
+        });
+    block_on(async {
+        // Set up before the first connection, so that no signal is missed.
+        let (told, stop) = tokio::sync::oneshot::channel();
+        tokio::spawn(async move {
+            // If signals can't be had, the agent runs until it is killed.
+            match told_to_stop().await {
+                Ok(()) => drop(told.send(())),
+                Err(_) => std::future::pending().await,
+            }
+        });
+        agent.run(async { drop(stop.await) }).await;
+    })
+}
+
+impl HttpArgs {
+    /// The flags as settings, so that they are checked and reported as these are.
+    fn sources(self) -> Sources {
+        let url = if self.service.contains("://") {
+            self.service
+        } else if self.service.bytes().all(|byte| byte.is_ascii_digit()) {
+            format!("http://127.0.0.1:{}", self.service)
+        } else {
+            format!("http://{}", self.service)
+        };
+        let mut sources = Sources::process()
+            .flag("local.service_url", "the service", url)
+            .flag("grpc.server_address", "--server", self.server)
+            .flag("grpc.agent_id", "--id", self.id);
+        if let Some(file) = self.token_file {
+            sources = sources.flag(
+                "grpc.token_file",
+                "--token-file",
+                file.display().to_string(),
+            );
+        }
+        sources
+    }
+}
