@@ -3,6 +3,7 @@
 //! Nothing here sleeps to wait for readiness: a process is ready when its log or the admin port
 //! says so, and every wait has a deadline after which the test fails with the logs.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(unreachable_pub, reason = "it is a module of every test binary")]
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -48,11 +49,7 @@ impl Process {
     }
 
     /// Starts a prepared command, such as the binary under another program's limits.
-    pub fn start_command(
-        name: &str,
-        command: &mut Command,
-        environment: &[(&str, &str)],
-    ) -> Self {
+    pub fn start_command(name: &str, command: &mut Command, environment: &[(&str, &str)]) -> Self {
         let mut child = command
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
@@ -194,7 +191,10 @@ fn status_number(pid: u32, key: &str) -> u64 {
 }
 
 /// A short wait inside a loop that has a deadline.
-#[expect(clippy::disallowed_methods, reason = "polling a process, with a deadline around it")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "polling a process, with a deadline around it"
+)]
 pub fn pause() {
     std::thread::sleep(Duration::from_millis(5));
 }
@@ -348,7 +348,10 @@ impl Server {
     /// Starts an agent without waiting for it.
     pub fn start_agent(&self, id: &str, service: &str, settings: &[(&str, &str)]) -> Process {
         let mut all = vec![
-            ("SILO_GRPC_SERVER_ADDRESS".to_owned(), self.tunnel.to_string()),
+            (
+                "SILO_GRPC_SERVER_ADDRESS".to_owned(),
+                self.tunnel.to_string(),
+            ),
             ("SILO_GRPC_AGENT_ID".to_owned(), id.to_owned()),
             ("SILO_LOCAL_SERVICE_URL".to_owned(), service.to_owned()),
         ];
@@ -430,7 +433,8 @@ pub fn request(
     headers: &[(&str, &str)],
     body: &[u8],
 ) -> Answer {
-    let mut head = format!("{method} {target} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n");
+    let mut head =
+        format!("{method} {target} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n");
     for (name, value) in headers {
         write!(head, "{name}: {value}\r\n").unwrap();
     }
