@@ -265,7 +265,7 @@ where
             open,
             ..
         } = self;
-        let (tell, told) = oneshot::channel();
+        let (tell, mut told) = oneshot::channel();
         let mut observer = Rejected(Some(tell));
         let mut drive = pin!(link.drive(messages, &mut observer));
         let mut connected = true;
@@ -281,16 +281,16 @@ where
             ended
         }));
 
-        let told = async {
-            match told.await {
-                Ok(rejection) => rejection,
-                Err(_) => std::future::pending().await,
+        let first = select(carry.as_mut(), select(shutdown, &mut told)).await;
+        let rejection = match first {
+            // The rejection and the end that follows it may arrive together.
+            Either::Left((ended, _)) => {
+                let rejection = told.try_recv().map(Lost::from);
+                return Outcome::Lost(rejection.unwrap_or_else(|_| ended.into()));
             }
-        };
-        let rejection = match select(carry.as_mut(), select(shutdown, pin!(told))).await {
-            Either::Left((ended, _)) => return Outcome::Lost(ended.into()),
             Either::Right((Either::Left(_), _)) => None,
-            Either::Right((Either::Right((rejection, _)), _)) => Some(rejection),
+            // The sender lives as long as this function, so there is a rejection.
+            Either::Right((Either::Right((rejection, _)), _)) => rejection.ok(),
         };
 
         link.drain();
