@@ -3,6 +3,7 @@
 //! Nothing here sleeps to wait for readiness: a process is ready when its log or the admin port
 //! says so, and every wait has a deadline after which the test fails with the logs.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(unreachable_pub, reason = "it is a module of every test binary")]
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -145,6 +146,11 @@ impl Process {
     /// The resident memory, in bytes.
     pub fn resident_bytes(&self) -> u64 {
         status_number(self.pid(), "VmRSS:") * 1024
+    }
+
+    /// The most memory that was ever resident, in bytes.
+    pub fn peak_resident_bytes(&self) -> u64 {
+        status_number(self.pid(), "VmHWM:") * 1024
     }
 
     /// The open file descriptors.
