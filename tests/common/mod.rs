@@ -144,6 +144,11 @@ impl Process {
         status_number(self.pid(), "VmRSS:") * 1024
     }
 
+    /// The most memory that was ever resident, in bytes.
+    pub fn peak_resident_bytes(&self) -> u64 {
+        status_number(self.pid(), "VmHWM:") * 1024
+    }
+
     /// The open file descriptors.
     pub fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid()))
