@@ -89,6 +89,16 @@ class Others:
         return min(max(foreign / (elapsed * cores()), 0.0), 1.0)
 
 
+def wait_quiet(processes: Processes, allowed: float, seconds: float) -> None:
+    """Waits until others take less than `allowed` of the processor for half a second, at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        others = Others(processes)
+        time.sleep(0.5)
+        if others.share() <= allowed:
+            return
+
+
 def busy_seconds() -> float:
     """Processor time of the whole machine that wasn't idle."""
     fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]

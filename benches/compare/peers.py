@@ -229,7 +229,7 @@ local_addr = "127.0.0.1:{service.upload}"
 
 
 class SiloProxy(Peer):
-    """silo-proxy: a server, an agent for the service, and an idle second agent whose service is the sink."""
+    """silo-proxy: a server, an agent for the service, and a second agent whose service is the sink."""
 
     key, label = "silo-proxy", "silo-proxy"
 
@@ -239,6 +239,7 @@ class SiloProxy(Peer):
         first = self.lab.ports.take(AGENT_PORTS)
         config = silo_server_config(admin, tunnel, first, first + AGENT_PORTS - 1)
         self.spawn("server", [binary, "server", "--config", self.write("server.yaml", config)])
+        wait_until("admin port", lambda: get(admin, "/health")[0] == 200 or None, self.processes)
         service = self.lab.service
         for name, port in (("web", service.web), ("sink", service.upload)):
             config = silo_agent_config(tunnel, name, port)

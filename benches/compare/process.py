@@ -235,6 +235,8 @@ class Ports:
     """Hands out free ports below the ephemeral range, so that no outgoing connection takes one meanwhile."""
 
     LOWEST = 10_000
+    TOP = 2_000
+    """Small requests are served from so many ports at the upper end, so that large blocks stay whole below."""
 
     def __init__(self) -> None:
         self.given: set[int] = set()
@@ -243,10 +245,12 @@ class Ports:
 
     def take(self, count: int = 1) -> int:
         """The first of `count` adjacent free ports."""
-        if self.highest - count < self.LOWEST:
-            raise Failed(f"no {count} adjacent ports below the ephemeral range")
+        border = self.highest - self.TOP
+        lowest, highest = (border, self.highest) if count < self.TOP // 20 else (self.LOWEST, border - 1)
+        if highest - count < lowest:
+            raise Failed(f"no {count} adjacent ports between {lowest} and {highest}")
         for _ in range(200):
-            first = random.randint(self.LOWEST, self.highest - count + 1)
+            first = random.randint(lowest, highest - count + 1)
             block = range(first, first + count)
             if self.given.isdisjoint(block) and all(is_free(port) for port in block):
                 self.given.update(block)
@@ -278,7 +282,7 @@ def get(port: int, path: str = "/", seconds: float = 5.0) -> tuple[int, bytes]:
         connection.close()
 
 
-def wait_until(what: str, probe, processes: list[Process], seconds: float = 15.0):
+def wait_until(what: str, probe, processes: list[Process], seconds: float = 15.0, pause: float = 0.02):
     """Asks `probe` until it returns something other than None; fails early if a process ends."""
     deadline = time.monotonic() + seconds
     while True:
@@ -295,7 +299,7 @@ def wait_until(what: str, probe, processes: list[Process], seconds: float = 15.0
         if time.monotonic() > deadline:
             words = "; ".join(f"{process.name}: {process.last_words()}" for process in processes)
             raise Failed(f"no {what} within {seconds:.0f} s ({words})")
-        time.sleep(0.02)
+        time.sleep(pause)
 
 
 def wait_http(port: int, processes: list[Process], seconds: float = 15.0) -> None:

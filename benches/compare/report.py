@@ -34,15 +34,26 @@ class Results:
     def values(self, row: str, peer: str) -> list[float]:
         return [sample.values[row] for sample in self.samples.get((row, peer), [])]
 
-    def medians(self, row: str) -> dict[str, float]:
-        """Peer to median, for those that have a figure."""
-        return {peer: median(self.values(row, peer)) for key, peer in self.samples if key == row}
+    def ratio(self, row: str, peer: str, own: str = "silo-proxy") -> float | None:
+        """Median of the rounds' ratios to a peer: what slows a whole round down doesn't count."""
+        theirs = {sample.turn: sample.values[row] for sample in self.samples.get((row, peer), [])}
+        ours = [(sample.turn, sample.values[row]) for sample in self.samples.get((row, own), [])]
+        ratios = [value / theirs[turn] for turn, value in ours if theirs.get(turn)]
+        return median(ratios) if ratios else None
+
+    def figure(self, row: str, goal: Goal) -> float | None:
+        """What a goal bounds: the ratio to its peer, or silo-proxy's median."""
+        if goal.peer is not None:
+            return self.ratio(row, goal.peer)
+        values = self.values(row, "silo-proxy")
+        return median(values) if values else None
 
     def as_json(self) -> dict[str, object]:
         raw: dict[str, dict[str, object]] = {}
         for (row, peer), samples in self.samples.items():
             raw.setdefault(row, {})[peer] = [
-                {"value": sample.values[row], "note": sample.note, **sample.detail} for sample in samples
+                {"round": sample.turn, "value": sample.values[row], "note": sample.note, **sample.detail}
+                for sample in samples
             ]
         failed = {f"{row}/{peer}": reasons for (row, peer), reasons in self.failures.items()}
         return {"rows": raw, "failures": failed, "cpu_share_of_others": self.others}
@@ -76,7 +87,8 @@ def heading(facts: dict[str, str], results: Results, rounds: int) -> str:
     text = (
         f"{facts['date']}{revision}, {facts['cpu']}, {facts['cores']} cores shared by load, proxies and"
         f" service, {facts['memory']}, Linux {facts['kernel']}; {', '.join(versions)}. Median of {rounds}"
-        f" round{'s' * (rounds > 1)}, taken in turn (lowest to highest in parentheses); ratios are of medians."
+        f" round{'s' * (rounds > 1)}, taken in turn (lowest to highest in parentheses); ratios are"
+        f" the medians of the rounds' ratios."
     )
     if results.others:
         typical, most = median(results.others), max(results.others)
@@ -92,10 +104,9 @@ def table(rows: list[Row], peers: list[tuple[str, str]], results: Results, size:
     ]
     for row in rows:
         cells = [cell(row, peer, results, notes) for peer, _ in peers]
-        figures = results.medians(row.key)
-        ratios = [ratio_cell(row, figures, peer) for peer in ("rathole", "nginx")]
-        goal = goal_text(row.goals)
-        lines.append(line_of([row.title.format(size=size), *cells, *ratios, goal, reached(row.goals, figures)]))
+        ratios = [ratio_cell(row, results, peer) for peer in ("rathole", "nginx")]
+        verdict = reached(row, results)
+        lines.append(line_of([row.title.format(size=size), *cells, *ratios, goal_text(row.goals), verdict]))
     return "\n".join(lines)
 
 
@@ -146,25 +157,24 @@ def number(value: float, unit: str) -> str:
     return f"{value:.2f}"
 
 
-def ratio_cell(row: Row, figures: dict[str, float], peer: str) -> str:
-    """silo-proxy's median over the peer's; growth and ratios aren't divided again."""
-    if row.unit in ("ratio", "MiB") or "silo-proxy" not in figures or not figures.get(peer):
-        return "-"
-    return f"{figures['silo-proxy'] / figures[peer]:.2f}"
+def ratio_cell(row: Row, results: Results, peer: str) -> str:
+    """silo-proxy's figure over the peer's; growth and ratios aren't divided again."""
+    ratio = None if row.unit in ("ratio", "MiB") else results.ratio(row.key, peer)
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def goal_text(goals: tuple[Goal, ...]) -> str:
     return "; ".join(goal.text().strip() for goal in goals)
 
 
-def reached(goals: tuple[Goal, ...], figures: dict[str, float]) -> str:
+def reached(row: Row, results: Results) -> str:
     """yes, no, what must be but not the goal, or not measured."""
-    results = [goal.reached(figures) for goal in goals]
-    if None in results:
+    verdicts = [goal.reached(results.figure(row.key, goal)) for goal in row.goals]
+    if None in verdicts:
         return "not measured"
-    if all(results):
+    if all(verdicts):
         return "yes"
-    musts = [result for goal, result in zip(goals, results) if goal.word == "must"]
+    musts = [verdict for goal, verdict in zip(row.goals, verdicts) if goal.word == "must"]
     return "what must be, not the goal" if musts and all(musts) else "no"
 
 

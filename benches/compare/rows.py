@@ -12,7 +12,7 @@ from peers import LARGE_PATH, Peer
 
 @dataclass(frozen=True)
 class Goal:
-    """silo-proxy's figure against a peer's, or against 1 of its own unit if `peer` is None."""
+    """A bound on silo-proxy's figure: as a multiple of a peer's, or in its own unit if `peer` is None."""
 
     word: str
     at_least: bool
@@ -23,13 +23,11 @@ class Goal:
         sign = "≥" if self.at_least else "≤"
         return f"{self.word} {sign} {self.factor:g}" + (f" x {self.peer}" if self.peer else "")
 
-    def reached(self, figures: dict[str, float], own: str = "silo-proxy") -> bool | None:
-        """None if one of the two figures is missing."""
-        base = 1.0 if self.peer is None else figures.get(self.peer)
-        if base is None or own not in figures:
+    def reached(self, figure: float | None) -> bool | None:
+        """Whether the ratio to the peer, or the figure itself, keeps the bound; None without a figure."""
+        if figure is None:
             return None
-        limit = self.factor * base
-        return figures[own] >= limit if self.at_least else figures[own] <= limit
+        return figure >= self.factor if self.at_least else figure <= self.factor
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,8 @@ class Sample:
     values: dict[str, float]
     detail: dict[str, object] = field(default_factory=dict)
     note: str | None = None
+    turn: int = 0
+    """The round it was taken in."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ MEASURES: list[Measure] = [
             ),
             Row(
                 "growth",
-                "the same: largest growth of a process, MiB",
+                "largest growth of a process beside a visitor who stops reading, MiB",
                 "MiB",
                 (Goal("", False, 1.0, None),),
             ),
