@@ -16,7 +16,6 @@ pub mod registry;
 mod respond;
 mod session;
 mod tenancy;
-mod visitor;
 mod worker;
 
 use std::collections::BTreeSet;

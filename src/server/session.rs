@@ -371,16 +371,17 @@ impl Turned {
 impl From<JoinError> for Turned {
     fn from(error: JoinError) -> Self {
         let (kind, reason, retry_after) = match error {
-            JoinError::Port(refusal) => (
-                RejectionKind::PortExhausted,
-                match refusal {
-                    ports::Refusal::Exhausted { .. } => RejectionReason::PortExhausted,
-                    ports::Refusal::PinUnavailable { .. } | ports::Refusal::Descriptors { .. } => {
-                        RejectionReason::Unavailable
+            JoinError::Port(refusal) => {
+                let (kind, reason) = match refusal {
+                    ports::Refusal::Exhausted { .. } => {
+                        (RejectionKind::PortExhausted, RejectionReason::PortExhausted)
                     }
-                },
-                refusal.retry_after(),
-            ),
+                    ports::Refusal::PinUnavailable { .. } | ports::Refusal::Descriptors { .. } => {
+                        (RejectionKind::Unavailable, RejectionReason::Unavailable)
+                    }
+                };
+                (kind, reason, refusal.retry_after())
+            }
             JoinError::Replaced => (
                 RejectionKind::Replaced,
                 RejectionReason::Replaced,
