@@ -133,6 +133,20 @@ impl Process {
         }
     }
 
+    /// Waits for the process to end by itself; returns its exit code (none after a signal) and
+    /// everything that it wrote.
+    pub fn finish(&mut self) -> (Option<i32>, String) {
+        let code = self.wait().code();
+        let deadline = Instant::now() + PATIENCE;
+        let mut log = self.log.lines.lock().unwrap();
+        while log.ended < 2 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "{}: somebody holds its output", self.name);
+            log = self.log.grown.wait_timeout(log, left).unwrap().0;
+        }
+        (code, log.lines.join("\n"))
+    }
+
     /// Kills the process as `kill -9` does.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
