@@ -4,6 +4,11 @@
 //! says so, and every wait has a deadline after which the test fails with the logs.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(unreachable_pub, reason = "it is a module of every test binary")]
+#![allow(
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "a test fails anywhere, and shows its logs then"
+)]
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
