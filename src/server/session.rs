@@ -188,7 +188,11 @@ async fn run(
             return;
         }
     };
-    let shown_id = shorten(&hello.agent_id).to_owned();
+    // What is no id may hold anything, so it is escaped.
+    let shown_id = match hello.agent_id.parse::<AgentId>() {
+        Ok(id) => id.to_string(),
+        Err(_) => format!("{:?}", shorten(&hello.agent_id)),
+    };
     let (agent_id, session, joined) = match welcome(&worker, &connection, hello).await {
         Ok(welcomed) => welcomed,
         Err(rejection) => return turn_away(&worker, &connection, &shown_id, rejection, first),
@@ -409,9 +413,9 @@ fn turn_away(
 ) {
     worker.shared().metrics.rejections.inc(turned.kind);
     warn!(
-        agent = agent_id,
+        agent = %agent_id,
         peer = %connection.peer,
-        reason = turned.kind.as_str(),
+        reason = %turned.kind.as_str(),
         "agent rejected: {}",
         turned.rejection.detail
     );
