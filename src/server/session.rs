@@ -46,7 +46,7 @@ const MAX_LABELS: usize = 32;
 
 /// The part of a session that others may use: to open exchanges, and to end it.
 #[derive(Debug)]
-pub struct Session {
+pub(super) struct Session {
     link: Link,
     /// Sent last, after the link has been closed.
     farewell: Mutex<Option<Rejection>>,
@@ -61,13 +61,13 @@ impl Session {
     }
 
     /// Its tunnel.
-    pub fn link(&self) -> &Link {
+    pub(super) fn link(&self) -> &Link {
         &self.link
     }
 
     /// Ends the session because a newer one of the same agent took over. What is under way may
     /// finish for some seconds. Needs a tokio runtime.
-    pub fn replace(self: Arc<Self>) {
+    pub(super) fn replace(self: Arc<Self>) {
         self.link.drain();
         tokio::spawn(async move {
             let _ = tokio::time::timeout(REPLACED_GRACE, self.link.idle()).await;
@@ -80,7 +80,7 @@ impl Session {
     }
 
     /// Ends the session because the server shuts down.
-    pub fn shut_down(&self) {
+    pub(super) fn shut_down(&self) {
         self.end(reject(
             RejectionReason::Draining,
             "the server is shutting down",
