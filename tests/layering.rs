@@ -648,7 +648,7 @@ mod rules {
                 "src/server/ingress/body.rs",
                 "src/server/mod.rs",
             ),
-            ("use hyper::x;", "src/server/admin.rs", "src/cli/agents.rs"),
+            ("use hyper::x;", "src/server/admin.rs", "src/cli/agent.rs"),
             (
                 "http1::Builder::new()",
                 "src/agent/forward.rs",

@@ -73,7 +73,7 @@ fn an_idle_server_ends_at_once() {
     }
     // The agents are told, and wait for the server's return.
     for agent in &agents {
-        agent.process.wait_for(&["rejected", "reason=Draining"]);
+        agent.process.wait_for(&["rejected", "reason=draining"]);
         agent.process.wait_for(&["disconnected", "retry_in="]);
     }
 }

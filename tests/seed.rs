@@ -152,14 +152,17 @@ fn a_fourth_agent_waits_for_one_of_three_ports() {
 
     let service = text_service("the fourth");
     let fourth = server.start_agent("agent-4", &format!("http://{service}"), &[]);
-    let told = fourth.wait_for(&["rejected", "reason=PortExhausted"]);
+    let told = fourth.wait_for(&["rejected", "reason=port_exhausted"]);
     // The server says 1 to 5 s; agents spread themselves over a quarter more.
     let retry = retry_in(&told);
     assert!((1.0..=6.25).contains(&retry), "{told}");
     let line = server
         .process
-        .wait_for(&["agent rejected", "port_exhausted"]);
-    assert!(line.contains("WARN") && line.contains("agent-4"), "{line}");
+        .wait_for(&["agent rejected", "reason=port_exhausted"]);
+    assert!(
+        line.contains("WARN") && line.contains("agent=agent-4"),
+        "{line}"
+    );
     assert!(server.metric("silo_rejections_total", "port_exhausted") >= 1.0);
     // Nobody else suffers.
     for agent in &agents {
@@ -203,7 +206,7 @@ fn ports_of_other_programs_are_skipped() {
     let last = server.agent("agent-2", text_service("on the fourth"));
     assert_eq!(last.port, first + 3);
     let none = server.start_agent("agent-3", "http://127.0.0.1:9", &[]);
-    none.wait_for(&["rejected", "PortExhausted"]);
+    none.wait_for(&["rejected", "port_exhausted"]);
 }
 
 #[test]
@@ -213,7 +216,7 @@ fn a_port_that_another_program_gave_up_is_found() {
     let holder = TcpListener::bind(("127.0.0.1", first)).unwrap();
     let service = text_service("at last");
     let agent = server.start_agent("agent-1", &format!("http://{service}"), &[]);
-    agent.wait_for(&["rejected", "PortExhausted"]);
+    agent.wait_for(&["rejected", "port_exhausted"]);
     drop(holder);
     eventually(Duration::from_secs(45), "the port is found", || {
         agent.count(&["connected", &format!("port={first}")]) > 0
@@ -257,7 +260,7 @@ fn a_pinned_port_belongs_to_one_id_alone() {
     let stays = server.agent("agent-2", service);
     assert_eq!(stays.port, first + 1);
     let refused = server.start_agent("agent-3", &format!("http://{service}"), &[]);
-    refused.wait_for(&["rejected", "PortExhausted"]);
+    refused.wait_for(&["rejected", "port_exhausted"]);
     assert_eq!(server.agent("inside", service).port, first);
 }
 
@@ -269,11 +272,11 @@ fn who_owns_a_pinned_port_gets_no_other() {
     let pins = format!("agent-1={first}");
     let server = Server::with(range, &[("http.static_ports", &pins)]);
     let agent = server.start_agent("agent-1", "http://127.0.0.1:9", &[]);
-    let told = agent.wait_for(&["rejected", "reason=Unavailable"]);
+    let told = agent.wait_for(&["rejected", "reason=unavailable"]);
     assert!(told.contains(&format!("port {first}")), "{told}");
     server
         .process
-        .wait_for(&["agent rejected", "agent-1", "unavailable"]);
+        .wait_for(&["agent rejected", "agent=agent-1", "reason=unavailable"]);
     assert!(server.agents().is_empty());
 }
 
@@ -305,7 +308,7 @@ fn during_a_lease_visitors_are_told_and_the_port_waits() {
     assert_eq!(server.metric("silo_ports", "leased"), 1.0);
     // Nobody else gets it.
     let stranger = server.start_agent("agent-2", "http://127.0.0.1:9", &[]);
-    stranger.wait_for(&["rejected", "PortExhausted"]);
+    stranger.wait_for(&["rejected", "port_exhausted"]);
     drop(stranger);
 
     // A visitor's connection outlives the change of sessions.
@@ -361,13 +364,16 @@ fn agents_show_the_token_they_must() {
     {
         let url = format!("http://{service}");
         let agent = server.start_agent(id, &url, &[("grpc.token", token)]);
-        let told = agent.wait_for(&["rejected", "reason=Auth"]);
+        let told = agent.wait_for(&["rejected", "reason=auth"]);
         assert!(told.contains("grpc.token"), "{told}");
         assert!(retry_in(&told) >= 30.0, "{told}");
         let line = server
             .process
-            .wait_for_nth(number + 1, &["agent rejected", "auth"]);
-        assert!(line.contains("WARN") && line.contains(id), "{line}");
+            .wait_for_nth(number + 1, &["agent rejected", "reason=auth"]);
+        assert!(
+            line.contains("WARN") && line.contains(&format!("agent={id}")),
+            "{line}"
+        );
     }
     assert_eq!(server.metric("silo_rejections_total", "auth"), 5.0);
     assert_eq!(server.metric("silo_registrations_total", ""), 2.0);
@@ -420,7 +426,7 @@ fn a_second_agent_with_the_same_id_takes_over_without_a_gap() {
     // What the old session had begun, it may finish.
     old_service.let_go();
     assert_eq!(held.join().unwrap().text(), "old");
-    let told = old.process.wait_for(&["rejected", "reason=Replaced"]);
+    let told = old.process.wait_for(&["rejected", "reason=replaced"]);
     assert!(retry_in(&told) >= 30.0, "{told}");
     assert_eq!(old.process.count(&["connected", "port="]), 1);
 

@@ -207,12 +207,12 @@ impl Agent {
         };
         match advice(reason) {
             Some((true, advice)) => {
-                error!(%agent, ?reason, detail, retry_in = %retry, "rejected; {advice}");
+                error!(%agent, reason = %reason.as_str(), detail, retry_in = %retry, "rejected; {advice}");
             }
             Some((false, advice)) => {
-                warn!(%agent, ?reason, detail, retry_in = %retry, "rejected; {advice}");
+                warn!(%agent, reason = %reason.as_str(), detail, retry_in = %retry, "rejected; {advice}");
             }
-            None => info!(%agent, ?reason, detail, retry_in = %retry, "rejected"),
+            None => info!(%agent, reason = %reason.as_str(), detail, retry_in = %retry, "rejected"),
         }
         self.report(Event::Rejected {
             reason,

@@ -12,7 +12,7 @@
 pub mod admin;
 pub mod directory;
 mod ingress;
-pub mod registry;
+mod registry;
 mod respond;
 mod session;
 mod tenancy;

@@ -4,6 +4,11 @@
 //! says so, and every wait has a deadline after which the test fails with the logs.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(unreachable_pub, reason = "it is a module of every test binary")]
+#![allow(
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "a test fails anywhere, and shows its logs then"
+)]
 
 pub mod raw;
 
@@ -133,6 +138,20 @@ impl Process {
             }
             pause();
         }
+    }
+
+    /// Waits for the process to end by itself; returns its exit code (none after a signal) and
+    /// everything that it wrote.
+    pub fn finish(&mut self) -> (Option<i32>, String) {
+        let code = self.wait().code();
+        let deadline = Instant::now() + PATIENCE;
+        let mut log = self.log.lines.lock().unwrap();
+        while log.ended < 2 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "{}: somebody holds its output", self.name);
+            log = self.log.grown.wait_timeout(log, left).unwrap().0;
+        }
+        (code, log.lines.join("\n"))
     }
 
     /// Kills the process as `kill -9` does.
