@@ -267,6 +267,12 @@ pub fn read_to_close(stream: &mut impl Read) -> (Vec<u8>, bool) {
     }
 }
 
+/// Closes a connection with a reset instead of a FIN.
+pub fn reset(stream: TcpStream) {
+    let socket = socket2::SockRef::from(&stream);
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
+}
+
 /// Whether a read ran into its time limit.
 pub fn is_timeout(error: &io::Error) -> bool {
     matches!(

@@ -1,13 +1,13 @@
 //! Bodies and their trailers.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::raw::{
     Recorder, Stand, chunked, latin1, pattern, read_chunk, read_request, send, take, values_of,
 };
-use crate::common::{read_answer, read_head, service, Server};
+use crate::common::{Server, read_answer, read_head, service};
 
 const BODY: usize = 5 * 1024 * 1024;
 
@@ -176,13 +176,14 @@ fn the_first_event_arrives_within_100_ms() {
         let _ = stream.write_all(head.as_bytes());
         for number in 0..3 {
             let now = Instant::now();
-            if write!(stream, "data: {number}\n\n").is_err() {
+            let event = format!("data: {number}\n\n");
+            if stream.write_all(event.as_bytes()).is_err() {
                 return false;
             }
             let _ = sent.lock().unwrap().send(now);
             // Nothing follows until the visitor is gone, or has read this one.
             let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
-            let _ = std::io::Read::read(stream, &mut [0]);
+            let _ = stream.read(&mut [0]);
         }
         false
     }));
@@ -245,6 +246,7 @@ fn both_bodies_flow_at_once() {
             let text = latin1(&chunk).to_uppercase();
             let _ = write!(stream, "{:x}\r\n{text}\r\n", text.len());
         }
+        let _ = stream.read_exact(&mut [0; 2]);
         let _ = stream.write_all(b"0\r\n\r\n");
         // The same connection serves the next one.
         while read_request(&mut stream).is_ok() {
@@ -257,7 +259,11 @@ fn both_bodies_flow_at_once() {
         agent.address(),
         "POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n",
     );
-    assert!(read_head(&mut visitor).unwrap().starts_with(b"HTTP/1.1 200"));
+    assert!(
+        read_head(&mut visitor)
+            .unwrap()
+            .starts_with(b"HTTP/1.1 200")
+    );
     for piece in ["a", "bc", "def"] {
         write!(visitor, "{:x}\r\n{piece}\r\n", piece.len()).unwrap();
         let chunk = read_chunk(&mut visitor).unwrap().unwrap();
@@ -266,8 +272,7 @@ fn both_bodies_flow_at_once() {
     visitor.write_all(b"0\r\n\r\n").unwrap();
     assert_eq!(read_chunk(&mut visitor).unwrap(), None);
     // The chunks' end, then another request.
-    let mut end = [0; 2];
-    std::io::Read::read_exact(&mut visitor, &mut end).unwrap();
+    visitor.read_exact(&mut [0; 2]).unwrap();
     visitor
         .write_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
         .unwrap();

@@ -149,7 +149,11 @@ fn a_service_that_closes_idle_connections_costs_no_get() {
             .write_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
             .unwrap();
         let answer = read_answer(&mut visitor, false);
-        assert_eq!((answer.status, answer.text().as_str()), (200, "ok"), "{round}");
+        assert_eq!(
+            (answer.status, answer.text().as_str()),
+            (200, "ok"),
+            "{round}"
+        );
     }
     assert_eq!(server.metric("silo_failures_total", ""), 0.0);
 }
@@ -171,8 +175,14 @@ fn a_request_is_sent_twice_at_most_and_only_if_it_is_idempotent() {
         ("DELETE /x HTTP/1.1\r\nHost: h\r\n\r\n", 2),
         ("POST /p HTTP/1.1\r\nHost: h\r\n\r\n", 1),
         ("PATCH /p HTTP/1.1\r\nHost: h\r\n\r\n", 1),
-        ("PUT /u HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nhi", 1),
-        ("POST /b HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nhi", 1),
+        (
+            "PUT /u HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nhi",
+            1,
+        ),
+        (
+            "POST /b HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nhi",
+            1,
+        ),
     ] {
         let mut visitor = send(agent.address(), request);
         let answer = read_answer(&mut visitor, false);

@@ -9,7 +9,8 @@ use crate::common::raw::{
 };
 use crate::common::{Server, read_answer, read_head, service};
 
-const HEAD: &str = "POST /up HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n";
+const HEAD: &str =
+    "POST /up HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n";
 const CHUNKED_HEAD: &str =
     "POST /up HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n";
 
@@ -31,7 +32,11 @@ fn serving(serve: impl Fn(Received, TcpStream) + Send + Sync + 'static) -> std::
 fn answer_with_body(request: &mut Received, stream: &mut TcpStream) {
     read_request_body(stream, request).unwrap();
     let length = request.body.len();
-    write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n").unwrap();
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n"
+    )
+    .unwrap();
     stream.write_all(&request.body).unwrap();
 }
 
@@ -43,9 +48,7 @@ fn the_service_says_when_to_go_on() {
     let address = serving(move |mut request, mut stream| {
         let _ = came.lock().unwrap().send(request.header("expect"));
         take(&may_go.lock().unwrap(), "leave to go on");
-        stream
-            .write_all(b"HTTP/1.1 100 Continue\r\n\r\n")
-            .unwrap();
+        stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").unwrap();
         answer_with_body(&mut request, &mut stream);
     });
     let server = Server::start();
@@ -136,17 +139,17 @@ fn an_http_1_0_visitor_is_never_told_to_go_on() {
 /// A visitor who leaves while everybody waits is noticed all the same.
 #[test]
 fn a_visitor_who_leaves_instead_of_going_on_is_noticed() {
+    let (begun, started) = channel();
     let (gone, ended) = channel();
     let address = serving(move |_, mut stream| {
+        let _ = begun.lock().unwrap().send(());
         let rest = crate::common::raw::read_to_close(&mut stream).0;
         let _ = gone.lock().unwrap().send(rest);
     });
     let server = Server::start();
     let agent = server.agent("a", address);
     let visitor = send(agent.address(), HEAD);
-    crate::common::eventually(Duration::from_secs(5), "the exchange is open", || {
-        server.metric("silo_exchanges_open", "") == 1.0
-    });
+    take(&started, "the head at the service");
     drop(visitor);
     assert_eq!(take(&ended, "the close at the service"), b"");
     crate::common::raw::settles(&server);

@@ -18,7 +18,7 @@ fn targets_arrive_as_they_were_sent() {
         "GET /?",
         "GET /a?b?c=/&d&&",
         "GET /%zz%",
-        "GET /~a;b=c,d!$'()*+:@[]|{}^`\\\"<>",
+        "GET /~a;b=c,d!$'()*+:@[]|^\\?{}\\^`'|",
         "OPTIONS *",
         "OPTIONS /",
         &format!("GET {absolute}"),
@@ -26,10 +26,7 @@ fn targets_arrive_as_they_were_sent() {
         "PROPFIND /dav/",
         "M-SEARCH /x",
     ] {
-        let head = format!(
-            "{line} HTTP/1.1\r\nHost: {}\r\n\r\n",
-            stand.agent.address()
-        );
+        let head = format!("{line} HTTP/1.1\r\nHost: {}\r\n\r\n", stand.agent.address());
         let answer = stand.ask(head);
         assert_eq!(answer.status, 200, "{line}: {}", answer.text());
         assert_eq!(stand.service.next().line(), format!("{line} HTTP/1.1"));
@@ -237,11 +234,10 @@ fn host_is_what_the_agent_is_told_to_send() {
     let target = stand
         .server
         .agent_with("target", service, &[("local.host_header", "target")]);
-    let fixed = stand.server.agent_with(
-        "fixed",
-        service,
-        &[("local.host_header", "intern.example")],
-    );
+    let fixed =
+        stand
+            .server
+            .agent_with("fixed", service, &[("local.host_header", "intern.example")]);
     for (address, host) in [
         (stand.agent.address(), "visitor.example:81".to_owned()),
         (target.address(), service.to_string()),

@@ -1,8 +1,8 @@
 //! curl and nginx as visitors and services.
 
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use crate::common::raw::{Recorder, Stand, latin1, pattern};
@@ -12,7 +12,14 @@ use std::io::Write;
 
 fn curl(args: &[&str]) -> Output {
     let output = Command::new("curl")
-        .args(["--silent", "--show-error", "--max-time", "20", "--noproxy", "*"])
+        .args([
+            "--silent",
+            "--show-error",
+            "--max-time",
+            "20",
+            "--noproxy",
+            "*",
+        ])
         .args(args)
         .output()
         .unwrap();
@@ -128,7 +135,16 @@ fn curl_uploads_what_has_no_length() {
     let url = format!("http://{}/put", stand.agent.address());
     let input = std::fs::File::open(&file).unwrap();
     let output = Command::new("curl")
-        .args(["--silent", "--max-time", "20", "--noproxy", "*", "-T", "-", &url])
+        .args([
+            "--silent",
+            "--max-time",
+            "20",
+            "--noproxy",
+            "*",
+            "-T",
+            "-",
+            &url,
+        ])
         .stdin(input)
         .output()
         .unwrap();
@@ -194,8 +210,8 @@ fn nginx_serves_files_through_the_tunnel() {
         return;
     }
     let nginx = Nginx::start(
-        "client_max_body_size 1m;\nlocation /moved { return 302 /file; }\n\
-         location /gone { return 204; }",
+        "client_max_body_size 1m;\nabsolute_redirect off;\n\
+         location /moved { return 302 /file; }\nlocation /gone { return 204; }",
     );
     let content = pattern(5 * 1024 * 1024);
     std::fs::write(nginx.path().join("file"), &content).unwrap();
@@ -207,8 +223,15 @@ fn nginx_serves_files_through_the_tunnel() {
     assert!(curl(&[&file]).stdout == content);
     assert!(curl(&["--range", "1000-1999", &file]).stdout == content[1000..2000]);
     let head = latin1(&curl(&["--head", &file]).stdout);
-    assert!(head.contains(&format!("content-length: {}", content.len())), "{head}");
-    assert_eq!(head.to_lowercase().matches("\r\ndate:").count(), 1, "{head}");
+    assert!(
+        head.contains(&format!("content-length: {}", content.len())),
+        "{head}"
+    );
+    assert_eq!(
+        head.to_lowercase().matches("\r\ndate:").count(),
+        1,
+        "{head}"
+    );
     let etag = head
         .lines()
         .find_map(|line| line.strip_prefix("etag: "))
@@ -218,14 +241,16 @@ fn nginx_serves_files_through_the_tunnel() {
     let with = |more: &[&str]| latin1(&curl(&[&status, more].concat()).stdout);
     assert_eq!(with(&["-H", &condition, &file]), "304 ");
     assert_eq!(with(&[&format!("{base}/gone")]), "204 ");
-    // nginx makes an absolute URL of the Host it was sent: the visitor's.
     assert_eq!(with(&[&format!("{base}/moved")]), format!("302 {file}"));
     assert_eq!(with(&[&format!("{base}/nothing")]), "404 ");
     let upload = nginx.path().join("upload");
     std::fs::write(&upload, pattern(10 * 1024 * 1024)).unwrap();
     let data = format!("@{}", upload.display());
     assert_eq!(with(&["--data-binary", &data, &file]), "413 ");
-    assert_eq!(with(&["-H", "Expect:", "--data-binary", &data, &file]), "413 ");
+    assert_eq!(
+        with(&["-H", "Expect:", "--data-binary", &data, &file]),
+        "413 "
+    );
 }
 
 /// nginx closes a connection after so many requests; none of a visitor's is lost by that.
@@ -258,7 +283,11 @@ fn nginx_in_front_of_an_agents_port() {
     let stand = Stand::with(
         Recorder::with(|request, stream| {
             let length = request.body.len();
-            write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n").is_ok()
+            write!(
+                stream,
+                "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n"
+            )
+            .is_ok()
                 && stream.write_all(&request.body).is_ok()
         }),
         &[("http.trusted_proxies", "127.0.0.1")],

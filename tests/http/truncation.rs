@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
-use crate::common::raw::{latin1, pattern, read_chunk, read_to_close, send, settles};
+use crate::common::raw::{latin1, pattern, read_chunk, read_to_close, reset, send, settles};
 use crate::common::{Agent, Server, read_head, service};
 
 fn start(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> (Server, Agent) {
@@ -15,14 +15,6 @@ fn start(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> (Server, Agent) {
     let server = Server::start();
     let agent = server.agent("a", address);
     (server, agent)
-}
-
-/// Closes with a reset instead of a FIN.
-fn reset(stream: TcpStream) {
-    let socket = socket2::SockRef::from(&stream);
-    socket
-        .set_linger(Some(std::time::Duration::ZERO))
-        .unwrap();
 }
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: h\r\n\r\n";
@@ -91,9 +83,8 @@ fn a_service_that_resets_its_connection() {
 #[test]
 fn an_http_1_0_visitor_can_tell_too() {
     let (server, agent) = start(|mut stream| {
-        let _ = stream.write_all(
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
-        );
+        let _ = stream
+            .write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
         let _ = stream.set_read_timeout(Some(std::time::Duration::from_millis(100)));
         let _ = stream.read(&mut [0]);
     });
