@@ -4,6 +4,7 @@
 pub(super) mod visitor;
 
 use std::convert::Infallible;
+use std::io::{self, ErrorKind};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -273,6 +274,7 @@ struct Upload {
 
 const TOO_LARGE: u8 = 1;
 const INCOMPLETE: u8 = 2;
+const MALFORMED: u8 = 3;
 
 /// Ends the upload when the answer is complete or given up.
 struct UploadGuard(Option<Arc<Upload>>);
@@ -283,6 +285,7 @@ impl UploadGuard {
         match self.0.as_ref()?.fault.load(Relaxed) {
             TOO_LARGE => Some(Fault::BodyTooLarge),
             INCOMPLETE => Some(Fault::BodyIncomplete),
+            MALFORMED => Some(Fault::BodyMalformed),
             _ => None,
         }
     }
@@ -350,8 +353,13 @@ impl Pump {
             watched.reading(self.visit.worker.now());
             let frame = match Pin::new(&mut self.body).poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => frame,
-                Poll::Ready(Some(Err(_))) => {
-                    self.fail(INCOMPLETE, Reason::BodyIncomplete);
+                Poll::Ready(Some(Err(error))) => {
+                    let fault = if is_malformed(&error) {
+                        MALFORMED
+                    } else {
+                        INCOMPLETE
+                    };
+                    self.fail(fault, Reason::BodyIncomplete);
                     return Poll::Ready(Pumped::Ended);
                 }
                 Poll::Ready(None) => {
@@ -388,6 +396,18 @@ impl Pump {
         self.upload.fault.store(fault, Relaxed);
         self.exchange.abort(reason);
     }
+}
+
+/// Whether a body broke because of what is in it, and not because the connection ended.
+fn is_malformed(error: &hyper::Error) -> bool {
+    std::error::Error::source(error)
+        .and_then(|source| source.downcast_ref::<io::Error>())
+        .is_some_and(|error| {
+            matches!(
+                error.kind(),
+                ErrorKind::InvalidData | ErrorKind::InvalidInput
+            )
+        })
 }
 
 /// Reads the rest of a body that nobody wants, within limits; what is left closes the connection.

@@ -21,7 +21,7 @@ use tracing::debug;
 
 use super::{Visit, serve as serve_request};
 use crate::config::HttpConfig;
-use crate::metrics::Refusal;
+use crate::metrics::{Failure, Refusal, StatusClass};
 use crate::net::acceptor::Accepted;
 use crate::server::tenancy::Tenancy;
 use crate::server::worker::{Shared, TICK, Worker};
@@ -85,9 +85,10 @@ async fn serve(stream: TcpStream, peer: SocketAddr, place: Place) {
         http.as_mut().poll(cx)
     })
     .await;
-    if let Err(error) = outcome {
+    if let Err(error) = &outcome {
         debug!(%peer, port = place.tenancy.port, %error, "visitor's connection broke");
     }
+    place.count(outcome.err());
 }
 
 /// A visitor's place among the connections that are allowed, to be given back.
@@ -132,6 +133,28 @@ impl Place {
             Err(Refusal::LimitAddress)
         } else {
             Ok(place)
+        }
+    }
+
+    /// Counts what the connection's end says that no answer of ours has said.
+    fn count(&self, error: Option<hyper::Error>) {
+        let metrics = self.worker.metrics();
+        match error {
+            // hyper has answered it, with a status line and nothing else.
+            Some(error) if error.is_parse() => {
+                metrics.failures.inc(if error.is_parse_too_large() {
+                    Failure::HeadTooLarge
+                } else {
+                    Failure::BadRequest
+                });
+                metrics.answers.inc(StatusClass::ClientError);
+            }
+            // The answer broke off, which its exchange has counted.
+            Some(error) if error.is_user() => {}
+            _ if self.watched.phase.load(Relaxed) == EXCHANGE => {
+                metrics.failures.inc(Failure::VisitorLeft);
+            }
+            _ => {}
         }
     }
 }
