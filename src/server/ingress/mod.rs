@@ -13,7 +13,7 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
-use http::header::EXPECT;
+use http::header::{CONTENT_LENGTH, EXPECT};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -68,13 +68,27 @@ pub(super) async fn serve(
     request: Request<Incoming>,
 ) -> Result<Response<Answer>, Infallible> {
     let underway = Underway::begin(&visit);
+    let version = request.version();
+    let is_head = *request.method() == Method::HEAD;
     let response = match forward(&visit, request).await {
-        Ok((head, exchange, upload)) => head.map(|()| Answer {
-            source: Source::Exchange(exchange),
-            last_look: false,
-            upload,
-            underway,
-        }),
+        Ok((head, exchange, upload)) => {
+            // What has a body, but neither length nor chunks (RFC 9112, section 6.3).
+            let bodiless = matches!(
+                head.status(),
+                StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED
+            );
+            let by_close = version == Version::HTTP_10
+                && !is_head
+                && !bodiless
+                && !head.headers().contains_key(CONTENT_LENGTH);
+            visit.watched.answer_ends_by_close(by_close);
+            head.map(|()| Answer {
+                source: Source::Exchange(exchange),
+                last_look: false,
+                upload,
+                underway,
+            })
+        }
         Err((fault, upload)) => {
             visit.worker.metrics().failures.inc(fault.failure());
             fault.respond().map(|body| Answer {
@@ -98,7 +112,8 @@ async fn forward(
     request: Request<Incoming>,
 ) -> Result<Forwarded, (Fault, UploadGuard)> {
     let (parts, body) = request.into_parts();
-    let exchange = open(visit, &parts, &body).map_err(|fault| (fault, UploadGuard(None)))?;
+    let (exchange, head_size) =
+        open(visit, &parts, &body).map_err(|fault| (fault, UploadGuard(None)))?;
     let mut upload = UploadGuard(None);
     let mut held = None;
     if !body.is_end_stream() {
@@ -121,7 +136,8 @@ async fn forward(
     }
     let head = loop {
         let read = std::future::poll_fn(|cx| {
-            if visit.watched.body_came_early()
+            if held.is_some()
+                && visit.watched.body_came_early(head_size)
                 && let Some(pump) = held.take()
             {
                 // The visitor waited long enough and sends; RFC 9110, section 10.1.1 lets him.
@@ -165,11 +181,15 @@ async fn forward(
     Ok((response, exchange, upload))
 }
 
-/// Checks the head and opens an exchange for it.
-fn open(visit: &Visit, parts: &http::request::Parts, body: &Incoming) -> Result<Exchange, Fault> {
+/// Checks the head and opens an exchange for it. Says how large the head is, too.
+fn open(
+    visit: &Visit,
+    parts: &http::request::Parts,
+    body: &Incoming,
+) -> Result<(Exchange, usize), Fault> {
     let limits = &visit.worker.shared().config.http;
     let target = Target::of(&parts.uri);
-    check_size(parts, &target, limits)?;
+    let head_size = check_size(parts, &target, limits)?;
     check_request(
         &parts.method,
         target.as_bytes(),
@@ -192,7 +212,7 @@ fn open(visit: &Visit, parts: &http::request::Parts, body: &Incoming) -> Result<
         target: Bytes::copy_from_slice(target.as_bytes()),
         lines,
     };
-    Ok(link.open(head, !body.is_end_stream())?)
+    Ok((link.open(head, !body.is_end_stream())?, head_size))
 }
 
 /// The request target as the visitor wrote it. hyper keeps origin and asterisk form as they are;
@@ -220,11 +240,12 @@ impl<'a> Target<'a> {
     }
 }
 
+/// The size of the head with its empty line, as it is usually written, if it is within the limits.
 fn check_size(
     parts: &http::request::Parts,
     target: &Target<'_>,
     limits: &HttpConfig,
-) -> Result<(), Fault> {
+) -> Result<usize, Fault> {
     // "METHOD target HTTP/1.1" and the line's end.
     let line = parts.method.as_str().len() + target.as_bytes().len() + 12;
     if line > limits.max_request_line {
@@ -238,7 +259,7 @@ fn check_size(
     if parts.headers.len() > limits.max_header_lines || line + lines > limits.max_head {
         return Err(Fault::HeadTooLarge);
     }
-    Ok(())
+    Ok(line + lines + 2)
 }
 
 /// The method as bytes, without an allocation for the usual ones.
@@ -505,12 +526,15 @@ impl Body for Answer {
                 self.underway.0.count_out(data.len());
                 Poll::Ready(Some(Ok(Frame::data(data))))
             }
-            Read::End(trailers) => Poll::Ready(
-                trailers
-                    .and_then(|lines| headers::to_trailer_map(&lines).ok())
-                    .filter(|map| !map.is_empty())
-                    .map(|map| Ok(Frame::trailers(map))),
-            ),
+            Read::End(trailers) => {
+                self.underway.0.watched.answer_ends_by_close(false);
+                Poll::Ready(
+                    trailers
+                        .and_then(|lines| headers::to_trailer_map(&lines).ok())
+                        .filter(|map| !map.is_empty())
+                        .map(|map| Ok(Frame::trailers(map))),
+                )
+            }
             Read::Reset(reason) => {
                 if !self.last_look {
                     // An error makes hyper drop what it has buffered. Once more around, and it
