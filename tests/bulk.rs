@@ -81,7 +81,10 @@ fn stalled_visitor(size: u64, hold: Duration) {
     stalled.read(0, MIB);
     stands_still(|| bulk.sent.load(Ordering::Relaxed));
     let sent = bulk.sent.load(Ordering::Relaxed);
-    assert!(sent < size, "the service could send everything: too little for this test");
+    assert!(
+        sent < size,
+        "the service could send everything: too little for this test"
+    );
 
     let mut grown = Memory::of(&server, &agent).since(before);
     let mut rates = Vec::new();
@@ -95,10 +98,17 @@ fn stalled_visitor(size: u64, hold: Duration) {
         "a visitor stopped reading for {hold:?}: others had {rate_before:.0} requests/s before, \
          {rate_during:.0} meanwhile; {grown}"
     );
-    assert_eq!(bulk.sent.load(Ordering::Relaxed), sent, "it stood still all the time");
+    assert_eq!(
+        bulk.sent.load(Ordering::Relaxed),
+        sent,
+        "it stood still all the time"
+    );
     // How much of the throughput must be left is measured where the machine is quiet; here
     // others' tests may run at the same time.
-    assert!(rate_during > rate_before / 2.0, "{rate_during} of {rate_before} requests/s");
+    assert!(
+        rate_during > rate_before / 2.0,
+        "{rate_during} of {rate_before} requests/s"
+    );
     assert!(grown.within(GROWTH_STALLED), "grown by {grown}");
 
     stalled.read(MIB, size - MIB);
@@ -116,7 +126,10 @@ fn a_service_that_stops_reading_stops_the_upload() {
     let mut visitor = Visitor::open(&agent);
     visitor.begin_upload(SIZE);
     let written = visitor.send_until_stalled(SIZE);
-    assert!(written < SIZE, "the service doesn't read, yet everything was taken");
+    assert!(
+        written < SIZE,
+        "the service doesn't read, yet everything was taken"
+    );
     rate(&agent, Duration::from_millis(500));
     let grown = Memory::of(&server, &agent).since(before);
 
@@ -166,7 +179,10 @@ fn four_downloads_leave_room_for_small_requests() {
         let (count, slowest) = small.join().unwrap();
         eprintln!("beside four downloads: {count} small requests, the slowest {slowest:?}");
         assert!(count > 10, "only {count} small requests were served");
-        assert!(slowest < Duration::from_secs(1), "a small request took {slowest:?}");
+        assert!(
+            slowest < Duration::from_secs(1),
+            "a small request took {slowest:?}"
+        );
     });
 }
 
@@ -211,7 +227,10 @@ fn rate(agent: &Agent, duration: Duration) -> f64 {
     };
     let count: u32 = std::thread::scope(|scope| {
         let visitors: Vec<_> = (0..4).map(|_| scope.spawn(visit)).collect();
-        visitors.into_iter().map(|visitor| visitor.join().unwrap()).sum()
+        visitors
+            .into_iter()
+            .map(|visitor| visitor.join().unwrap())
+            .sum()
     });
     f64::from(count) / duration.as_secs_f64()
 }
@@ -280,7 +299,9 @@ fn bytes_in_sockets(ports: &[u16]) -> u64 {
             let fields: Vec<&str> = line.split_whitespace().collect();
             let is_ours = [fields[1], fields[2]].iter().any(|address| {
                 let (_, port) = address.split_once(':').unwrap();
-                ports.iter().any(|ours| u64::from(*ours) == hexadecimal(port))
+                ports
+                    .iter()
+                    .any(|ours| u64::from(*ours) == hexadecimal(port))
             });
             let (sent, received) = fields[4].split_once(':').unwrap();
             // A listening socket counts connections there.
@@ -451,7 +472,9 @@ impl Visitor {
     }
 
     fn small(&mut self) {
-        self.stream.write_all(b"GET /small HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        self.stream
+            .write_all(b"GET /small HTTP/1.1\r\nHost: a\r\n\r\n")
+            .unwrap();
         let answer = common::read_answer(&mut self.reader, false);
         assert_eq!((answer.status, answer.text().as_str()), (200, SMALL));
     }
@@ -483,8 +506,7 @@ impl Visitor {
     }
 
     fn begin_upload(&mut self, size: u64) {
-        let request =
-            format!("POST /check HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n");
+        let request = format!("POST /check HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n");
         self.stream.write_all(request.as_bytes()).unwrap();
     }
 
