@@ -352,6 +352,8 @@ kinds! {
         Version = "version",
         /// The hello can't be understood.
         Malformed = "malformed",
+        /// The agent's own port can't be bound now, or no descriptor is left for one.
+        Unavailable = "unavailable",
     }
 }
 

@@ -99,6 +99,7 @@ const RESERVED: &[Reserved] = &[
             HTTP1_PLACES[1],
             HTTP1_PLACES[2],
             HTTP1_PLACES[3],
+            HTTP1_PLACES[4],
             // Its HTTP/2 connections.
             "src/link",
         ],
@@ -111,6 +112,8 @@ const HTTP1_PLACES: &[&str] = &[
     "src/server/admin",
     "src/agent/forward",
     "src/cli/services.rs",
+    // Asks the admin port.
+    "src/cli/agents.rs",
 ];
 
 #[test]
@@ -645,7 +648,7 @@ mod rules {
                 "src/server/ingress/body.rs",
                 "src/server/mod.rs",
             ),
-            ("use hyper::x;", "src/server/admin.rs", "src/cli/agents.rs"),
+            ("use hyper::x;", "src/server/admin.rs", "src/cli/agent.rs"),
             (
                 "http1::Builder::new()",
                 "src/agent/forward.rs",

@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use futures_util::future::{Either, select};
 use thiserror::Error;
+use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use crate::config::AgentConfig;
@@ -161,6 +162,7 @@ impl Agent {
         let mut reconnect = Reconnect::new();
         let mut last_port = 0;
         loop {
+            let mut lived = Duration::ZERO;
             let dial = pin!(session::dial(&self, last_port));
             let ended = match select(dial, shutdown.as_mut()).await {
                 Either::Right(((), _)) => return,
@@ -168,7 +170,7 @@ impl Agent {
                 Either::Left((Ok(session), _)) => {
                     let welcome = &session.welcome;
                     last_port = welcome.port;
-                    reconnect.connected();
+                    let since = Instant::now();
                     info!(agent = %self.id, port = welcome.port, url = %welcome.public_url, "connected");
                     self.report(Event::Connected {
                         port: welcome.port,
@@ -176,13 +178,15 @@ impl Agent {
                         generation: welcome.generation,
                     });
                     let grace = self.shared.config.agent.grace;
-                    match session.run(&forwarder, shutdown.as_mut(), grace).await {
+                    let outcome = session.run(&forwarder, shutdown.as_mut(), grace).await;
+                    lived = since.elapsed();
+                    match outcome {
                         session::Outcome::Stopped => return,
                         session::Outcome::Lost(lost) => lost,
                     }
                 }
             };
-            let retry_in = reconnect.after(&ended);
+            let retry_in = reconnect.after(&ended, lived);
             self.report_end(ended, retry_in);
             let wait = pin!(tokio::time::sleep(retry_in));
             if let Either::Right(_) = select(wait, shutdown.as_mut()).await {
@@ -203,12 +207,12 @@ impl Agent {
         };
         match advice(reason) {
             Some((true, advice)) => {
-                error!(%agent, ?reason, detail, retry_in = %retry, "rejected; {advice}");
+                error!(%agent, reason = %reason.as_str(), detail, retry_in = %retry, "rejected; {advice}");
             }
             Some((false, advice)) => {
-                warn!(%agent, ?reason, detail, retry_in = %retry, "rejected; {advice}");
+                warn!(%agent, reason = %reason.as_str(), detail, retry_in = %retry, "rejected; {advice}");
             }
-            None => info!(%agent, ?reason, detail, retry_in = %retry, "rejected"),
+            None => info!(%agent, reason = %reason.as_str(), detail, retry_in = %retry, "rejected"),
         }
         self.report(Event::Rejected {
             reason,

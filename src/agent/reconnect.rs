@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 use crate::backoff::Backoff;
 use crate::wire::RejectionReason;
 
@@ -20,7 +18,6 @@ const SLOW: Duration = Duration::from_secs(30);
 /// Decides how long to wait before the next session.
 pub(super) struct Reconnect {
     backoff: Backoff,
-    connected_at: Option<Instant>,
     random: fn() -> u64,
 }
 
@@ -28,24 +25,18 @@ impl Reconnect {
     pub(super) fn new() -> Self {
         Self {
             backoff: Backoff::default(),
-            connected_at: None,
             // Without random numbers the whole wait is still a wait, only not a spread one.
             random: || getrandom::u64().unwrap_or(u64::MAX),
         }
     }
 
-    /// The server has welcomed the agent.
-    pub(super) fn connected(&mut self) {
-        self.connected_at = Some(Instant::now());
-    }
-
-    /// The wait after a session ended, or after none came about.
+    /// The wait after a session ended that had `lived` so long since its welcome; after one that
+    /// never came about, it has lived for no time.
     ///
     /// What the server asks for is obeyed: the wait is that long at least, and up to a quarter
     /// longer, so that those who were rejected together don't come back together.
-    pub(super) fn after(&mut self, ended: &Lost) -> Duration {
-        let lived = self.connected_at.take().map(|at| at.elapsed());
-        if lived.is_some_and(|lived| lived >= SUCCESS) {
+    pub(super) fn after(&mut self, ended: &Lost, lived: Duration) -> Duration {
+        if lived >= SUCCESS {
             self.backoff.reset();
         }
         let Lost::Rejected {
@@ -92,18 +83,20 @@ mod tests {
         }
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn only_a_session_that_lived_shortens_the_next_wait() {
+    #[test]
+    fn only_a_session_that_lived_shortens_the_next_wait() {
         let mut reconnect = reconnect();
-        let millis = |wait: Duration| wait.as_millis();
-        assert_eq!(millis(reconnect.after(&Lost::NoWelcome)), 200);
-        assert_eq!(millis(reconnect.after(&Lost::NoWelcome)), 400);
-        reconnect.connected();
-        tokio::time::advance(SUCCESS - Duration::from_millis(1)).await;
-        assert_eq!(millis(reconnect.after(&Lost::NoWelcome)), 800);
-        reconnect.connected();
-        tokio::time::advance(SUCCESS).await;
-        assert_eq!(millis(reconnect.after(&Lost::NoWelcome)), 200);
+        let almost = SUCCESS - Duration::from_millis(1);
+        for (lived, wait) in [
+            (Duration::ZERO, 200),
+            (Duration::ZERO, 400),
+            (almost, 800),
+            (SUCCESS, 200),
+            (Duration::ZERO, 400),
+        ] {
+            let drawn = reconnect.after(&Lost::NoWelcome(SLOW), lived);
+            assert_eq!(drawn.as_millis(), wait);
+        }
     }
 
     #[test]
@@ -124,11 +117,15 @@ mod tests {
         ] {
             let ended = rejected(reason, asked);
             assert_eq!(
-                least.after(&ended).as_millis(),
+                least.after(&ended, Duration::ZERO).as_millis(),
                 *range.start(),
                 "{reason:?}"
             );
-            assert_eq!(most.after(&ended).as_millis(), *range.end(), "{reason:?}");
+            assert_eq!(
+                most.after(&ended, Duration::ZERO).as_millis(),
+                *range.end(),
+                "{reason:?}"
+            );
         }
     }
 }

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use tonic::{Status, Streaming};
 
 use crate::id::Generation;
-use crate::link::{self, Ended, Link, Observer};
+use crate::link::{Ended, Link, Observer, http2};
 use crate::mux::{self, Budget, Frame, Pool};
 use crate::wire::{self, AgentMessage, Hello, Rejection, RejectionReason, ServerMessage};
 
@@ -28,7 +28,8 @@ use super::forward::Forwarder;
 /// one that isn't should be given up before the kernel does (about two minutes).
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// From the TCP connection to the welcome.
+/// From the TCP connection to the welcome, unless `grpc.heartbeat_timeout` is shorter: the server
+/// says something at once, or it is as dead as one that falls silent later.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the server has to end its side after the agent has ended its own.
@@ -50,13 +51,13 @@ pub enum Lost {
     Connect(#[source] io::Error),
     /// The server speaks no HTTP/2.
     #[error("the HTTP/2 handshake failed: {0}")]
-    Handshake(#[source] hyper::Error),
+    Handshake(#[source] http2::Error),
     /// The call was refused: whoever listens there is no silo-proxy server.
     #[error("the server refused the call: {}", .0.message())]
     Call(#[source] Status),
     /// No answer to the hello in time.
-    #[error("no welcome within {} s", WELCOME_TIMEOUT.as_secs())]
-    NoWelcome,
+    #[error("no welcome within {:.1} s", .0.as_secs_f64())]
+    NoWelcome(Duration),
     /// The welcome makes no sense.
     #[error("the server's welcome can't be understood: {0}")]
     BadWelcome(&'static str),
@@ -107,7 +108,7 @@ pub(super) struct Session<C> {
     open: oneshot::Sender<Infallible>,
 }
 
-type Client = wire::tunnel_client::TunnelClient<link::http2::Http2Service>;
+type Client = wire::tunnel_client::TunnelClient<http2::Http2Service>;
 
 /// What the server says of the session.
 #[derive(Debug)]
@@ -122,7 +123,7 @@ pub(super) struct Welcome {
 pub(super) async fn dial(
     agent: &Agent,
     last_port: u16,
-) -> Result<Session<impl Future<Output = hyper::Result<()>> + Send + use<>>, Lost> {
+) -> Result<Session<impl Future<Output = Result<(), http2::Error>> + Send + use<>>, Lost> {
     let address = &agent.shared.config.grpc.server_address;
     let connect = TcpStream::connect((address.host.as_str(), address.port));
     let stream = match timeout(CONNECT_TIMEOUT, connect).await {
@@ -131,17 +132,18 @@ pub(super) async fn dial(
     };
     // Batches are whole messages: nothing is gained by waiting for more.
     stream.set_nodelay(true).map_err(Lost::Connect)?;
-    timeout(WELCOME_TIMEOUT, greet(agent, stream, last_port))
+    let patience = WELCOME_TIMEOUT.min(agent.shared.config.grpc.heartbeat_timeout);
+    timeout(patience, greet(agent, stream, last_port))
         .await
-        .unwrap_or(Err(Lost::NoWelcome))
+        .unwrap_or(Err(Lost::NoWelcome(patience)))
 }
 
 async fn greet(
     agent: &Agent,
     stream: TcpStream,
     last_port: u16,
-) -> Result<Session<impl Future<Output = hyper::Result<()>> + Send + use<>>, Lost> {
-    let (service, connection) = link::http2::client(TokioIo::new(stream))
+) -> Result<Session<impl Future<Output = Result<(), http2::Error>> + Send + use<>>, Lost> {
+    let (service, connection) = http2::client(TokioIo::new(stream))
         .await
         .map_err(Lost::Handshake)?;
     let mut connection = Box::pin(connection);
@@ -245,7 +247,7 @@ impl Welcome {
 
 impl<C> Session<C>
 where
-    C: Future<Output = hyper::Result<()>> + Send,
+    C: Future<Output = Result<(), http2::Error>> + Send,
 {
     /// Carries exchanges until the session ends, the server asks to end it, or `shutdown` is
     /// over. In the last two cases the exchanges under way may go on for `grace`.
@@ -263,7 +265,7 @@ where
             open,
             ..
         } = self;
-        let (tell, told) = oneshot::channel();
+        let (tell, mut told) = oneshot::channel();
         let mut observer = Rejected(Some(tell));
         let mut drive = pin!(link.drive(messages, &mut observer));
         let mut connected = true;
@@ -279,16 +281,16 @@ where
             ended
         }));
 
-        let told = async {
-            match told.await {
-                Ok(rejection) => rejection,
-                Err(_) => std::future::pending().await,
+        let first = select(carry.as_mut(), select(shutdown, &mut told)).await;
+        let rejection = match first {
+            // The rejection and the end that follows it may arrive together.
+            Either::Left((ended, _)) => {
+                let rejection = told.try_recv().map(Lost::from);
+                return Outcome::Lost(rejection.unwrap_or_else(|_| ended.into()));
             }
-        };
-        let rejection = match select(carry.as_mut(), select(shutdown, pin!(told))).await {
-            Either::Left((ended, _)) => return Outcome::Lost(ended.into()),
             Either::Right((Either::Left(_), _)) => None,
-            Either::Right((Either::Right((rejection, _)), _)) => Some(rejection),
+            // The sender lives as long as this function, so there is a rejection.
+            Either::Right((Either::Right((rejection, _)), _)) => rejection.ok(),
         };
 
         link.drain();

@@ -32,6 +32,10 @@ enum What {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  silo-proxy agent http 3000 --server proxy.example:9090 --id my-service
+  silo-proxy agent http 192.168.1.7:8000 --server proxy.example:9090 --id printer
+  silo-proxy agent http https://localhost:8443 --server proxy.example:9090 --id my-service")]
 struct HttpArgs {
     /// The service: a port of this host, HOST:PORT, or a URL such as https://localhost:8443
     #[arg(value_name = "PORT|HOST:PORT|URL")]

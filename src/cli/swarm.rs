@@ -168,7 +168,7 @@ fn note(tally: &mut Tally, number: u32, event: Event) {
         Event::Rejected { reason, .. } => {
             tally.registered.remove(&number);
             if first {
-                let name = format!("{reason:?}").to_lowercase();
+                let name = reason.as_str().to_owned();
                 *tally.rejected.entry(name).or_default() += 1;
             }
         }

@@ -11,6 +11,9 @@ use hyper::rt::{Read, Write};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::task::AbortHandle;
 
+/// What goes wrong on an HTTP/2 connection.
+pub use hyper::Error;
+
 /// The largest HTTP/2 frame accepted: a batch goes in one.
 const MAX_FRAME: u32 = 128 * 1024;
 

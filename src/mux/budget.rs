@@ -38,8 +38,8 @@ impl Pool {
 
 /// What one tunnel may promise to hold, out of a [`Pool`].
 ///
-/// It has two uses. [`Budget::reserve`] is for what an exchange must have to make progress: it is
-/// given in full or refused, and then the exchange isn't admitted. [`Budget::lend`] is for larger
+/// It has two uses. `reserve` is for what an exchange must have to make progress: it is
+/// given in full or refused, and then the exchange isn't admitted. `lend` is for larger
 /// windows: loans come out of half of the budget, and each is at most an eighth of what is free of
 /// that half, so that however many readers stall with their loans, some is left for the next one (the dynamic threshold of Choudhury and Hahne,
 /// "Dynamic queue length thresholds for shared-memory packet switches", 1998).

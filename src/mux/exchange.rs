@@ -227,7 +227,10 @@ impl Exchange {
                     end: true,
                 },
                 Ending::Complete(Some(lines)) => Frame::Trailers { id, lines },
-                Ending::Reset(reason) => Frame::Reset { id, reason },
+                Ending::Reset(reason) => {
+                    self.cancel = Cancel::Sent;
+                    Frame::Reset { id, reason }
+                }
             });
         }
         frames[before..].iter().map(Frame::cost).sum()

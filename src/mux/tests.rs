@@ -7,11 +7,20 @@ use bytes::Bytes;
 use super::*;
 use crate::head::{Lines, LinesBuilder, RequestHead, ResponseHead};
 
+mod chaos;
 mod ending;
 mod exchanges;
 mod fairness;
 mod heartbeat;
 mod limits;
+
+/// Counterexamples become tests of their own instead of seeds in a file.
+fn proptest_config() -> proptest::test_runner::Config {
+    proptest::test_runner::Config {
+        failure_persistence: None,
+        ..proptest::test_runner::Config::default()
+    }
+}
 
 /// Room enough for everything.
 const PLENTY: usize = 1 << 30;
@@ -62,7 +71,8 @@ fn status(status: u16) -> ResponseHead {
 }
 
 fn zeros(size: usize) -> Bytes {
-    Bytes::from(vec![0; size])
+    const ZEROS: &[u8] = &[0; 16 << 20];
+    Bytes::from_static(&ZEROS[..size])
 }
 
 /// Two sessions and nothing between them: what one transmits the other receives at once.

@@ -12,11 +12,10 @@
 pub mod admin;
 pub mod directory;
 mod ingress;
-pub mod registry;
+mod registry;
 mod respond;
 mod session;
 mod tenancy;
-mod visitor;
 mod worker;
 
 use std::collections::BTreeSet;

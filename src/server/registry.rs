@@ -2,7 +2,7 @@
 //!
 //! A session joins, and gets its port; it leaves, and gives it back. What the allocator wants
 //! bound or closed is kept here for the accept task, which asks for it, and what became of it
-//! comes back as [`Sink::opened`]. Everything happens under one short lock: the work is a few map
+//! comes back as [`Registry::opened`]. Everything happens under one short lock: the work is a few map
 //! operations for each coming and going of an agent, and no request touches it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -30,7 +30,7 @@ use crate::ports::{self, Allocation, Allocator, Answer, Effect, PinError};
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(50);
 
 /// An agent that has shown who it is and asks for its port.
-pub struct Applicant {
+pub(super) struct Applicant {
     /// Who it is.
     pub agent_id: AgentId,
     /// The port it had last, as far as it knows.
@@ -51,7 +51,7 @@ pub struct Applicant {
 
 /// What a session got when it joined.
 #[derive(Debug)]
-pub struct Joined {
+pub(super) struct Joined {
     /// Its number, which whoever cleans up after it has to show.
     pub generation: Generation,
     /// Its port.
@@ -64,7 +64,7 @@ pub struct Joined {
 
 /// Why a session couldn't join.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-pub enum JoinError {
+pub(super) enum JoinError {
     /// There is no port for it.
     #[error("{0}")]
     Port(#[from] ports::Refusal),
@@ -77,7 +77,7 @@ pub enum JoinError {
 }
 
 /// See the module.
-pub struct Registry {
+pub(super) struct Registry {
     /// Held for a few map operations, never across I/O or an await.
     state: Mutex<State>,
     /// From the local port to whose it is: read by the accept task for each connection.
@@ -122,7 +122,7 @@ struct Waiting {
 
 impl Registry {
     /// A registry without members.
-    pub fn new(
+    pub(super) fn new(
         config: &ServerConfig,
         reserved: BTreeSet<u16>,
         directory: Arc<Directory>,
@@ -156,14 +156,14 @@ impl Registry {
     }
 
     /// Says whom to wake when there is something to bind or to close.
-    pub fn set_acceptor(&self, acceptor: AcceptorHandle) {
+    pub(super) fn set_acceptor(&self, acceptor: AcceptorHandle) {
         // Set once, at start.
         let _ = self.acceptor.set(acceptor);
     }
 
     /// Takes a session in: waits until its port is bound, or says why there is none. A session
     /// that the agent already has is replaced; its port isn't bound anew.
-    pub async fn join(&self, applicant: Applicant) -> Result<Joined, JoinError> {
+    pub(super) async fn join(&self, applicant: Applicant) -> Result<Joined, JoinError> {
         let answer = {
             let mut state = self.lock();
             if state.draining {
@@ -201,7 +201,7 @@ impl Registry {
     }
 
     /// Gives a session's port back, if it is still that session's.
-    pub fn leave(&self, agent_id: &AgentId, generation: Generation) {
+    pub(super) fn leave(&self, agent_id: &AgentId, generation: Generation) {
         let mut state = self.lock();
         let Some(member) = state.members.get_mut(agent_id) else {
             return;
@@ -222,18 +222,18 @@ impl Registry {
     }
 
     /// The tenancy that a connection accepted from `port` under `key` belongs to.
-    pub fn route(&self, port: u16, key: u64) -> Option<Arc<Tenancy>> {
+    pub(super) fn route(&self, port: u16, key: u64) -> Option<Arc<Tenancy>> {
         let tenancy = self.routes.get(&port)?;
         (tenancy.allocation == Allocation(key)).then(|| Arc::clone(&tenancy))
     }
 
     /// The accept task's next command.
-    pub fn next_command(&self) -> Option<Command> {
+    pub(super) fn next_command(&self) -> Option<Command> {
         self.lock().commands.pop_front()
     }
 
     /// What became of a bind.
-    pub fn opened(&self, port: u16, key: u64, outcome: io::Result<()>) {
+    pub(super) fn opened(&self, port: u16, key: u64, outcome: io::Result<()>) {
         let mut state = self.lock();
         let allocation = Allocation(key);
         match outcome {
@@ -250,7 +250,7 @@ impl Registry {
     }
 
     /// Publishes changes and lets leases end, until the future is dropped.
-    pub async fn keep_house(&self) {
+    pub(super) async fn keep_house(&self) {
         loop {
             let timeout = {
                 let mut state = self.lock();
@@ -275,7 +275,7 @@ impl Registry {
 
     /// Closes every port and takes nobody in any more. Sessions go on until they are ended;
     /// returned are those that are connected.
-    pub fn drain(&self) -> Vec<Arc<Session>> {
+    pub(super) fn drain(&self) -> Vec<Arc<Session>> {
         let mut state = self.lock();
         state.draining = true;
         let sessions = state

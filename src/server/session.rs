@@ -46,7 +46,7 @@ const MAX_LABELS: usize = 32;
 
 /// The part of a session that others may use: to open exchanges, and to end it.
 #[derive(Debug)]
-pub struct Session {
+pub(super) struct Session {
     link: Link,
     /// Sent last, after the link has been closed.
     farewell: Mutex<Option<Rejection>>,
@@ -61,13 +61,13 @@ impl Session {
     }
 
     /// Its tunnel.
-    pub fn link(&self) -> &Link {
+    pub(super) fn link(&self) -> &Link {
         &self.link
     }
 
     /// Ends the session because a newer one of the same agent took over. What is under way may
     /// finish for some seconds. Needs a tokio runtime.
-    pub fn replace(self: Arc<Self>) {
+    pub(super) fn replace(self: Arc<Self>) {
         self.link.drain();
         tokio::spawn(async move {
             let _ = tokio::time::timeout(REPLACED_GRACE, self.link.idle()).await;
@@ -80,7 +80,7 @@ impl Session {
     }
 
     /// Ends the session because the server shuts down.
-    pub fn shut_down(&self) {
+    pub(super) fn shut_down(&self) {
         self.end(reject(
             RejectionReason::Draining,
             "the server is shutting down",
@@ -188,7 +188,11 @@ async fn run(
             return;
         }
     };
-    let shown_id = shorten(&hello.agent_id).to_owned();
+    // What is no id may hold anything, so it is escaped.
+    let shown_id = match hello.agent_id.parse::<AgentId>() {
+        Ok(id) => id.to_string(),
+        Err(_) => format!("{:?}", shorten(&hello.agent_id)),
+    };
     let (agent_id, session, joined) = match welcome(&worker, &connection, hello).await {
         Ok(welcomed) => welcomed,
         Err(rejection) => return turn_away(&worker, &connection, &shown_id, rejection, first),
@@ -371,16 +375,17 @@ impl Turned {
 impl From<JoinError> for Turned {
     fn from(error: JoinError) -> Self {
         let (kind, reason, retry_after) = match error {
-            JoinError::Port(refusal) => (
-                RejectionKind::PortExhausted,
-                match refusal {
-                    ports::Refusal::Exhausted { .. } => RejectionReason::PortExhausted,
-                    ports::Refusal::PinUnavailable { .. } | ports::Refusal::Descriptors { .. } => {
-                        RejectionReason::Unavailable
+            JoinError::Port(refusal) => {
+                let (kind, reason) = match refusal {
+                    ports::Refusal::Exhausted { .. } => {
+                        (RejectionKind::PortExhausted, RejectionReason::PortExhausted)
                     }
-                },
-                refusal.retry_after(),
-            ),
+                    ports::Refusal::PinUnavailable { .. } | ports::Refusal::Descriptors { .. } => {
+                        (RejectionKind::Unavailable, RejectionReason::Unavailable)
+                    }
+                };
+                (kind, reason, refusal.retry_after())
+            }
             JoinError::Replaced => (
                 RejectionKind::Replaced,
                 RejectionReason::Replaced,
@@ -408,9 +413,9 @@ fn turn_away(
 ) {
     worker.shared().metrics.rejections.inc(turned.kind);
     warn!(
-        agent = agent_id,
+        agent = %agent_id,
         peer = %connection.peer,
-        reason = turned.kind.as_str(),
+        reason = %turned.kind.as_str(),
         "agent rejected: {}",
         turned.rejection.detail
     );

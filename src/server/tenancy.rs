@@ -14,7 +14,7 @@ use crate::ports::Allocation;
 /// tunnel that the tenancy has at that moment, so a kept-alive connection follows its agent over
 /// a reconnect, and never reaches another agent that has the port later.
 #[derive(Debug)]
-pub struct Tenancy {
+pub(super) struct Tenancy {
     /// Whose port it is.
     pub agent_id: AgentId,
     /// The tenancy's number, never used again.
@@ -34,7 +34,7 @@ pub struct Tenancy {
 
 /// The tunnel of an agent's current session.
 #[derive(Clone)]
-pub struct Tunnel {
+pub(super) struct Tunnel {
     /// Opens exchanges, from any thread.
     pub link: Link,
     /// The session it belongs to.
@@ -54,7 +54,7 @@ impl std::fmt::Debug for Tunnel {
 
 impl Tenancy {
     /// A tenancy without a tunnel.
-    pub fn new(
+    pub(super) fn new(
         agent_id: AgentId,
         allocation: Allocation,
         port: u16,
@@ -72,23 +72,23 @@ impl Tenancy {
     }
 
     /// The tunnel to open an exchange in, if the agent is connected.
-    pub fn link(&self) -> Option<Link> {
+    pub(super) fn link(&self) -> Option<Link> {
         self.lock().as_ref().map(|tunnel| tunnel.link.clone())
     }
 
     /// The worker that serves new connections best.
-    pub fn worker(&self) -> usize {
+    pub(super) fn worker(&self) -> usize {
         self.worker.load(Ordering::Relaxed)
     }
 
     /// Makes `tunnel` the one that exchanges take from now on.
-    pub fn connect(&self, tunnel: Tunnel) {
+    pub(super) fn connect(&self, tunnel: Tunnel) {
         self.worker.store(tunnel.worker, Ordering::Relaxed);
         *self.lock() = Some(tunnel);
     }
 
     /// Takes the tunnel away if it is still the one of that session.
-    pub fn disconnect(&self, generation: Generation) {
+    pub(super) fn disconnect(&self, generation: Generation) {
         let mut tunnel = self.lock();
         if tunnel
             .as_ref()
@@ -99,12 +99,12 @@ impl Tenancy {
     }
 
     /// Notes that the port has been released.
-    pub fn end(&self) {
+    pub(super) fn end(&self) {
         self.over.store(true, Ordering::Release);
     }
 
     /// Whether the port has been released.
-    pub fn is_over(&self) -> bool {
+    pub(super) fn is_over(&self) -> bool {
         self.over.load(Ordering::Acquire)
     }
 

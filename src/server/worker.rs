@@ -14,10 +14,10 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::MissedTickBehavior;
 use tracing::debug;
 
+use super::ingress::visitor::{self, Watched};
 use super::registry::Registry;
 use super::session::{Connection, TunnelService};
 use super::tenancy::Tenancy;
-use super::visitor::{self, Watched};
 use crate::config::ServerConfig;
 use crate::headers::RequestIds;
 use crate::link::http2;

@@ -49,6 +49,23 @@ pub enum WireError {
     Status,
 }
 
+impl RejectionReason {
+    /// The word for it in logs, metrics and summaries.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Unspecified => "unspecified",
+            Self::Auth => "auth",
+            Self::PortExhausted => "port_exhausted",
+            Self::Duplicate => "duplicate",
+            Self::Replaced => "replaced",
+            Self::Draining => "draining",
+            Self::Version => "version",
+            Self::Malformed => "malformed",
+            Self::Unavailable => "unavailable",
+        }
+    }
+}
+
 impl From<Vec<mux::Frame>> for AgentMessage {
     fn from(frames: Vec<mux::Frame>) -> Self {
         Self {

@@ -4,6 +4,11 @@
 //! says so, and every wait has a deadline after which the test fails with the logs.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(unreachable_pub, reason = "it is a module of every test binary")]
+#![allow(
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "a test fails anywhere, and shows its logs then"
+)]
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,7 +17,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 /// How long anything may take that should take milliseconds.
@@ -49,11 +54,7 @@ impl Process {
     }
 
     /// Starts a prepared command, such as the binary under another program's limits.
-    pub fn start_command(
-        name: &str,
-        command: &mut Command,
-        environment: &[(&str, &str)],
-    ) -> Self {
+    pub fn start_command(name: &str, command: &mut Command, environment: &[(&str, &str)]) -> Self {
         let mut child = command
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
@@ -137,6 +138,20 @@ impl Process {
         }
     }
 
+    /// Waits for the process to end by itself; returns its exit code (none after a signal) and
+    /// everything that it wrote.
+    pub fn finish(&mut self) -> (Option<i32>, String) {
+        let code = self.wait().code();
+        let deadline = Instant::now() + PATIENCE;
+        let mut log = self.log.lines.lock().unwrap();
+        while log.ended < 2 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "{}: somebody holds its output", self.name);
+            log = self.log.grown.wait_timeout(log, left).unwrap().0;
+        }
+        (code, log.lines.join("\n"))
+    }
+
     /// Kills the process as `kill -9` does.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
@@ -200,7 +215,10 @@ fn status_number(pid: u32, key: &str) -> u64 {
 }
 
 /// A short wait inside a loop that has a deadline.
-#[expect(clippy::disallowed_methods, reason = "polling a process, with a deadline around it")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "polling a process, with a deadline around it"
+)]
 pub fn pause() {
     std::thread::sleep(Duration::from_millis(5));
 }
@@ -248,6 +266,15 @@ impl Server {
 
     /// A server with a range of ports and settings such as `("http.port_lease", "5s")`.
     pub fn with(range: RangeInclusive<u16>, settings: &[(&str, &str)]) -> Self {
+        Self::with_command(Command::new(BINARY).arg("server"), range, settings)
+    }
+
+    /// The same, with the binary started by a prepared command, such as a shell that sets limits.
+    pub fn with_command(
+        command: &mut Command,
+        range: RangeInclusive<u16>,
+        settings: &[(&str, &str)],
+    ) -> Self {
         let mut all = vec![
             ("http.port", "0".to_owned()),
             ("grpc.port", "0".to_owned()),
@@ -267,7 +294,10 @@ impl Server {
             .iter()
             .map(|(key, value)| (key.as_str(), value.as_str()))
             .collect();
-        Self::from_process(Process::start("server", &["server"], &environment), range)
+        Self::from_process(
+            Process::start_command("server", command, &environment),
+            range,
+        )
     }
 
     /// A server that was started with its ports left to the kernel.
@@ -342,7 +372,10 @@ impl Server {
     /// Starts an agent without waiting for it.
     pub fn start_agent(&self, id: &str, service: &str, settings: &[(&str, &str)]) -> Process {
         let mut all = vec![
-            ("SILO_GRPC_SERVER_ADDRESS".to_owned(), self.tunnel.to_string()),
+            (
+                "SILO_GRPC_SERVER_ADDRESS".to_owned(),
+                self.tunnel.to_string(),
+            ),
             ("SILO_GRPC_AGENT_ID".to_owned(), id.to_owned()),
             ("SILO_LOCAL_SERVICE_URL".to_owned(), service.to_owned()),
         ];
@@ -424,7 +457,8 @@ pub fn request(
     headers: &[(&str, &str)],
     body: &[u8],
 ) -> Answer {
-    let mut head = format!("{method} {target} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n");
+    let mut head =
+        format!("{method} {target} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n");
     for (name, value) in headers {
         write!(head, "{name}: {value}\r\n").unwrap();
     }
@@ -549,6 +583,69 @@ pub fn text_service(text: &str) -> SocketAddr {
             }
         }
     })
+}
+
+/// A service that answers each request with a text, as [`text_service`] does, but those for
+/// `/held` only when the test lets go of them.
+pub struct HeldService {
+    pub address: SocketAddr,
+    arrived: Mutex<mpsc::Receiver<()>>,
+    gate: Arc<Gate>,
+}
+
+#[derive(Default)]
+struct Gate {
+    open: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl HeldService {
+    pub fn start(text: &str) -> Self {
+        let answer = format!(
+            "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{text}",
+            text.len()
+        );
+        let (arrive, arrived) = mpsc::channel();
+        let gate = Arc::new(Gate::default());
+        let shared = gate.clone();
+        let address = service(move |mut stream| {
+            while let Ok(head) = read_head(&mut stream) {
+                if head.starts_with(b"GET /held ") {
+                    let _ = arrive.send(());
+                    let open = shared.open.lock().unwrap();
+                    drop(shared.opened.wait_while(open, |open| !*open).unwrap());
+                }
+                if stream.write_all(answer.as_bytes()).is_err() {
+                    return;
+                }
+            }
+        });
+        Self {
+            address,
+            arrived: Mutex::new(arrived),
+            gate,
+        }
+    }
+
+    /// Waits until one more request for `/held` has arrived.
+    pub fn wait_for_request(&self) {
+        let arrived = self.arrived.lock().unwrap();
+        arrived.recv_timeout(PATIENCE).expect("a request for /held");
+    }
+
+    /// Answers the requests that are held, and all that come.
+    pub fn let_go(&self) {
+        *self.gate.open.lock().unwrap() = true;
+        self.gate.opened.notify_all();
+    }
+}
+
+/// Whether nobody listens at an address.
+pub fn refuses(address: SocketAddr) -> bool {
+    match TcpStream::connect(address) {
+        Ok(_) => false,
+        Err(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
+    }
 }
 
 /// Looks for a program from Debian. Where it is missing the test fails in CI, with the line that

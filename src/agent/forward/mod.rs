@@ -151,13 +151,13 @@ impl Forwarder {
         let shared = &self.0;
         let task = Task { exchange, head };
         let mut state = shared.lock();
-        if let Some((index, _)) = state.idle.pop() {
+        while let Some((index, _)) = state.idle.pop() {
             if let Some(entry) = state.workers.get_mut(index) {
                 let waker = entry.call(Call::Forward(task));
                 drop(state);
                 waker.into_iter().for_each(Waker::wake);
+                return;
             }
-            return;
         }
         if state.workers.len() >= shared.limits.max_workers {
             let since = shared.now();

@@ -9,16 +9,16 @@ pub(in crate::mux) struct Credit {
     pub(in crate::mux) to_send: usize,
     /// What the peer may still send.
     pub(in crate::mux) to_receive: usize,
-    /// This end has ended or is about to drop what it has: it won't send more.
-    pub(in crate::mux) sent_end: bool,
-    /// The peer has ended.
-    pub(in crate::mux) received_end: bool,
 }
 
 impl Session {
     /// Exchanges that count against the agreement.
     pub(in crate::mux) fn live(&self) -> u32 {
         self.live
+    }
+
+    pub(in crate::mux) fn config_max(&self) -> usize {
+        self.config.max_exchanges as usize
     }
 
     /// The length of the longest queue.
@@ -36,8 +36,6 @@ impl Session {
         Some(Credit {
             to_send: exchange.send_window.available(),
             to_receive: exchange.receive_window.available(),
-            sent_end: exchange.sent_end,
-            received_end: exchange.ending_in.is_some(),
         })
     }
 

@@ -324,3 +324,17 @@ fn what_comes_too_late_or_too_large_beside_an_answer_is_dropped() {
     pair.acceptor.release(theirs);
     pair.assert_empty();
 }
+
+/// Found by `chaos`.
+#[test]
+fn a_reset_that_is_out_is_not_followed_by_another() {
+    let mut pair = Pair::new();
+    let ours = pair.opener.open(get("/"), true).unwrap();
+    pair.opener.fail(ours, Reason::BodyIncomplete);
+    pair.request();
+    pair.opener.release(ours);
+    assert_eq!(pair.request(), []);
+    pair.settle();
+    assert_eq!(pair.acceptor.accept(), None);
+    pair.assert_empty();
+}

@@ -36,11 +36,10 @@ fn a_ping_goes_out_at_every_interval() {
 #[test]
 fn a_silent_peer_is_dead_exactly_after_the_timeout() {
     let mut session = Session::acceptor(config(), budget(PLENTY), ms(500));
-    let mut now = Duration::ZERO;
-    let error = loop {
-        now = session.poll_timeout().unwrap();
+    let (now, error) = loop {
+        let now = session.poll_timeout().unwrap();
         if let Err(error) = session.handle_timeout(now) {
-            break error;
+            break (now, error);
         }
         assert!(session.poll_timeout().unwrap() > now, "time stands still");
         sent(&mut session, now);

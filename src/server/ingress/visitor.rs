@@ -19,12 +19,12 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tracing::debug;
 
-use super::ingress::{self, Visit};
-use super::tenancy::Tenancy;
-use super::worker::{Shared, TICK, Worker};
+use super::{Visit, serve as serve_request};
 use crate::config::HttpConfig;
 use crate::metrics::Refusal;
 use crate::net::acceptor::Accepted;
+use crate::server::tenancy::Tenancy;
+use crate::server::worker::{Shared, TICK, Worker};
 
 /// What hyper may read beyond the largest head: a head that is only a little too large gets an
 /// answer of ours rather than hyper's.
@@ -34,7 +34,7 @@ const HEAD_SLACK: usize = 16 * 1024;
 const LINES_SLACK: usize = 28;
 
 /// Serves a connection on a task of its own, unless a limit says otherwise.
-pub(super) fn admit(worker: &Arc<Worker>, tenancy: &Arc<Tenancy>, accepted: Accepted) {
+pub(in crate::server) fn admit(worker: &Arc<Worker>, tenancy: &Arc<Tenancy>, accepted: Accepted) {
     worker.metrics().connections_accepted.inc();
     let place = match Place::take(worker, tenancy, accepted.peer.ip()) {
         Ok(place) => place,
@@ -68,7 +68,7 @@ async fn serve(stream: TcpStream, peer: SocketAddr, place: Place) {
         place.watched.clone(),
         peer.ip(),
     ));
-    let service = service_fn(move |request| ingress::serve(visit.clone(), request));
+    let service = service_fn(move |request| serve_request(visit.clone(), request));
     let mut http = std::pin::pin!(builder.serve_connection(TokioIo::new(io), service));
     let watched = &place.watched;
     let mut winding_down = false;
@@ -168,7 +168,7 @@ fn count_address(shared: &Shared, address: IpAddr) -> usize {
 /// All of it is written by the connection's own tasks but for `order`, which is the sweep's, and
 /// nothing else is ordered by it: hence relaxed.
 #[derive(Debug)]
-pub(super) struct Watched {
+pub(in crate::server) struct Watched {
     tenancy: Arc<Tenancy>,
     phase: AtomicU8,
     phase_since: AtomicU32,
@@ -223,48 +223,48 @@ impl Watched {
     }
 
     /// A request has begun.
-    pub(super) fn exchange_begins(&self, now: u32) {
+    pub(in crate::server) fn exchange_begins(&self, now: u32) {
         self.enter(EXCHANGE, now);
         self.early_body.store(false, Relaxed);
     }
 
     /// The answer is complete.
-    pub(super) fn exchange_ends(&self, now: u32) {
+    pub(in crate::server) fn exchange_ends(&self, now: u32) {
         self.enter(IDLE, now);
     }
 
     /// Bytes of a body are awaited from the visitor since `now`.
-    pub(super) fn reading(&self, now: u32) {
+    pub(in crate::server) fn reading(&self, now: u32) {
         self.reading_since.store(now, Relaxed);
         self.unread.store(false, Relaxed);
     }
 
     /// The body is complete, or nobody wants more of it.
-    pub(super) fn read_enough(&self) {
+    pub(in crate::server) fn read_enough(&self) {
         self.reading_since.store(0, Relaxed);
         self.unread.store(false, Relaxed);
     }
 
     /// Nobody will read the body that was held back, if one was.
-    pub(super) fn read_enough_if(&self, held_back: bool) {
+    pub(in crate::server) fn read_enough_if(&self, held_back: bool) {
         if held_back {
             self.read_enough();
         }
     }
 
     /// The body isn't being read, because it can't be passed on yet.
-    pub(super) fn holding_back(&self) {
+    pub(in crate::server) fn holding_back(&self) {
         self.reading_since.store(0, Relaxed);
         self.unread.store(true, Relaxed);
     }
 
     /// Whether the visitor sends a body that he was asked to hold back.
-    pub(super) fn body_came_early(&self) -> bool {
+    pub(in crate::server) fn body_came_early(&self) -> bool {
         self.early_body.load(Relaxed)
     }
 
     /// The sweep's look at the connection.
-    pub(super) fn inspect(&self, now: u32, limits: &HttpConfig) {
+    pub(in crate::server) fn inspect(&self, now: u32, limits: &HttpConfig) {
         if self.tenancy.is_over() {
             self.wind_down();
         }
@@ -289,7 +289,7 @@ impl Watched {
     }
 
     /// Has the connection end after what it is doing; at once, if it is doing nothing.
-    pub(super) fn wind_down(&self) {
+    pub(in crate::server) fn wind_down(&self) {
         match self.phase.load(Relaxed) {
             FRESH | IDLE if self.writing_since.load(Relaxed) == 0 => self.order(CUT),
             _ => self.order(WIND_DOWN),

@@ -1,6 +1,8 @@
 //! From a visitor's request to an exchange in a tunnel, and back: the one room of the server that
 //! knows the visitors' HTTP engine.
 
+pub(super) mod visitor;
+
 use std::convert::Infallible;
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -15,9 +17,9 @@ use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
+use self::visitor::Watched;
 use super::respond::Fault;
 use super::tenancy::Tenancy;
-use super::visitor::Watched;
 use super::worker::Worker;
 use crate::config::HttpConfig;
 use crate::head::RequestHead;
