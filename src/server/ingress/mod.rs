@@ -202,17 +202,25 @@ fn open(
     {
         return Err(Fault::BodyTooLarge);
     }
-    let link = visit.tenancy.link().ok_or(Fault::AgentOffline)?;
-    let lines = forward_request(&parts.headers, &visit.forwarding, || {
-        visit.worker.request_id()
-    })
-    .map_err(|_| Fault::HeadTooLarge)?;
-    let head = RequestHead {
-        method: method_bytes(&parts.method),
-        target: Bytes::copy_from_slice(target.as_bytes()),
-        lines,
+    let attempt = || -> Result<Exchange, Fault> {
+        let lines = forward_request(&parts.headers, &visit.forwarding, || {
+            visit.worker.request_id()
+        })
+        .map_err(|_| Fault::HeadTooLarge)?;
+        let head = RequestHead {
+            method: method_bytes(&parts.method),
+            target: Bytes::copy_from_slice(target.as_bytes()),
+            lines,
+        };
+        let link = visit.tenancy.link().ok_or(Fault::AgentOffline)?;
+        Ok(link.open(head, !body.is_end_stream())?)
     };
-    Ok((link.open(head, !body.is_end_stream())?, head_size))
+    let opened = match attempt() {
+        // A newer session may have taken over just then.
+        Err(Fault::AgentOffline | Fault::TunnelLost) => attempt(),
+        outcome => outcome,
+    };
+    Ok((opened?, head_size))
 }
 
 /// The request target as the visitor wrote it. hyper keeps origin and asterisk form as they are;
