@@ -308,11 +308,12 @@ kinds! {
         HeadTooLarge = "head_too_large",
         /// The request's body is larger than `http.max_body`.
         BodyTooLarge = "body_too_large",
-        /// The request is malformed or refused by the strict check.
+        /// The request is malformed, or refused by the strict check.
         BadRequest = "bad_request",
         /// The answer was lost after its head; the visitor's connection was cut.
         CutAfterHead = "cut_after_head",
-        /// The visitor left before the exchange was complete.
+        /// The visitor left before the exchange was complete, or stood still for longer than a
+        /// limit of time allows.
         VisitorLeft = "visitor_left",
     }
 }

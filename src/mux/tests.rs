@@ -13,11 +13,14 @@ mod exchanges;
 mod fairness;
 mod heartbeat;
 mod limits;
+mod tasks;
 
-/// Counterexamples become tests of their own instead of seeds in a file.
+/// Counterexamples become tests of their own instead of seeds in a file. The cheaper generator,
+/// because in a debug build the other one takes most of the time.
 fn proptest_config() -> proptest::test_runner::Config {
     proptest::test_runner::Config {
         failure_persistence: None,
+        rng_algorithm: proptest::test_runner::RngAlgorithm::XorShift,
         ..proptest::test_runner::Config::default()
     }
 }

@@ -32,7 +32,9 @@ pub(super) enum Fault {
     HeadTooLarge,
     /// The body is larger than allowed.
     BodyTooLarge,
-    /// The body was malformed, or broke off.
+    /// The body broke the rules of its framing.
+    BodyMalformed,
+    /// The body broke off: the visitor has left, or at least sends nothing more.
     BodyIncomplete,
     /// The head says something it must not.
     Refused(Refusal),
@@ -75,7 +77,8 @@ impl Fault {
             Self::Overloaded => Failure::Overloaded,
             Self::RequestLineTooLong | Self::HeadTooLarge => Failure::HeadTooLarge,
             Self::BodyTooLarge => Failure::BodyTooLarge,
-            Self::BodyIncomplete | Self::Refused(_) => Failure::BadRequest,
+            Self::BodyIncomplete => Failure::VisitorLeft,
+            Self::BodyMalformed | Self::Refused(_) => Failure::BadRequest,
         }
     }
 
@@ -91,7 +94,9 @@ impl Fault {
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Refused(Refusal::Connect) => StatusCode::METHOD_NOT_ALLOWED,
             Self::Refused(Refusal::Version) => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
-            Self::BodyIncomplete | Self::Refused(_) => StatusCode::BAD_REQUEST,
+            Self::BodyMalformed | Self::BodyIncomplete | Self::Refused(_) => {
+                StatusCode::BAD_REQUEST
+            }
         }
     }
 
@@ -107,7 +112,8 @@ impl Fault {
             Self::RequestLineTooLong => "The request line is too long.".into(),
             Self::HeadTooLarge => "The request's header section is too large.".into(),
             Self::BodyTooLarge => "The request's body is too large.".into(),
-            Self::BodyIncomplete => "The request's body is malformed or incomplete.".into(),
+            Self::BodyMalformed => "The request's body is malformed.".into(),
+            Self::BodyIncomplete => "The request's body is incomplete.".into(),
             Self::Refused(refusal) => {
                 let mut text = refusal.to_string();
                 if let Some(first) = text.get_mut(..1) {
@@ -133,6 +139,7 @@ impl Fault {
             Self::RequestLineTooLong
             | Self::HeadTooLarge
             | Self::BodyTooLarge
+            | Self::BodyMalformed
             | Self::BodyIncomplete
             | Self::Refused(_) => true,
             Self::AgentOffline
@@ -202,6 +209,8 @@ mod tests {
             (Fault::RequestLineTooLong, 414, "head_too_large"),
             (Fault::HeadTooLarge, 431, "head_too_large"),
             (Fault::BodyTooLarge, 413, "body_too_large"),
+            (Fault::BodyMalformed, 400, "bad_request"),
+            (Fault::BodyIncomplete, 400, "visitor_left"),
             (Fault::Refused(Refusal::Target), 400, "bad_request"),
             (Fault::Refused(Refusal::Connect), 405, "bad_request"),
         ] {

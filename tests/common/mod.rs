@@ -10,6 +10,8 @@
     reason = "a test fails anywhere, and shows its logs then"
 )]
 
+pub mod raw;
+
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};

@@ -4,6 +4,7 @@
 pub(super) mod visitor;
 
 use std::convert::Infallible;
+use std::io::{self, ErrorKind};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
-use http::header::EXPECT;
+use http::header::{CONTENT_LENGTH, EXPECT};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -67,13 +68,27 @@ pub(super) async fn serve(
     request: Request<Incoming>,
 ) -> Result<Response<Answer>, Infallible> {
     let underway = Underway::begin(&visit);
+    let version = request.version();
+    let is_head = *request.method() == Method::HEAD;
     let response = match forward(&visit, request).await {
-        Ok((head, exchange, upload)) => head.map(|()| Answer {
-            source: Source::Exchange(exchange),
-            last_look: false,
-            upload,
-            underway,
-        }),
+        Ok((head, exchange, upload)) => {
+            // What has a body, but neither length nor chunks (RFC 9112, section 6.3).
+            let bodiless = matches!(
+                head.status(),
+                StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED
+            );
+            let by_close = version == Version::HTTP_10
+                && !is_head
+                && !bodiless
+                && !head.headers().contains_key(CONTENT_LENGTH);
+            visit.watched.answer_ends_by_close(by_close);
+            head.map(|()| Answer {
+                source: Source::Exchange(exchange),
+                last_look: false,
+                upload,
+                underway,
+            })
+        }
         Err((fault, upload)) => {
             visit.worker.metrics().failures.inc(fault.failure());
             fault.respond().map(|body| Answer {
@@ -97,7 +112,8 @@ async fn forward(
     request: Request<Incoming>,
 ) -> Result<Forwarded, (Fault, UploadGuard)> {
     let (parts, body) = request.into_parts();
-    let exchange = open(visit, &parts, &body).map_err(|fault| (fault, UploadGuard(None)))?;
+    let (exchange, head_size) =
+        open(visit, &parts, &body).map_err(|fault| (fault, UploadGuard(None)))?;
     let mut upload = UploadGuard(None);
     let mut held = None;
     if !body.is_end_stream() {
@@ -120,7 +136,8 @@ async fn forward(
     }
     let head = loop {
         let read = std::future::poll_fn(|cx| {
-            if visit.watched.body_came_early()
+            if held.is_some()
+                && visit.watched.body_came_early(head_size)
                 && let Some(pump) = held.take()
             {
                 // The visitor waited long enough and sends; RFC 9110, section 10.1.1 lets him.
@@ -164,11 +181,15 @@ async fn forward(
     Ok((response, exchange, upload))
 }
 
-/// Checks the head and opens an exchange for it.
-fn open(visit: &Visit, parts: &http::request::Parts, body: &Incoming) -> Result<Exchange, Fault> {
+/// Checks the head and opens an exchange for it. Says how large the head is, too.
+fn open(
+    visit: &Visit,
+    parts: &http::request::Parts,
+    body: &Incoming,
+) -> Result<(Exchange, usize), Fault> {
     let limits = &visit.worker.shared().config.http;
     let target = Target::of(&parts.uri);
-    check_size(parts, &target, limits)?;
+    let head_size = check_size(parts, &target, limits)?;
     check_request(
         &parts.method,
         target.as_bytes(),
@@ -181,17 +202,25 @@ fn open(visit: &Visit, parts: &http::request::Parts, body: &Incoming) -> Result<
     {
         return Err(Fault::BodyTooLarge);
     }
-    let link = visit.tenancy.link().ok_or(Fault::AgentOffline)?;
-    let lines = forward_request(&parts.headers, &visit.forwarding, || {
-        visit.worker.request_id()
-    })
-    .map_err(|_| Fault::HeadTooLarge)?;
-    let head = RequestHead {
-        method: method_bytes(&parts.method),
-        target: Bytes::copy_from_slice(target.as_bytes()),
-        lines,
+    let attempt = || -> Result<Exchange, Fault> {
+        let lines = forward_request(&parts.headers, &visit.forwarding, || {
+            visit.worker.request_id()
+        })
+        .map_err(|_| Fault::HeadTooLarge)?;
+        let head = RequestHead {
+            method: method_bytes(&parts.method),
+            target: Bytes::copy_from_slice(target.as_bytes()),
+            lines,
+        };
+        let link = visit.tenancy.link().ok_or(Fault::AgentOffline)?;
+        Ok(link.open(head, !body.is_end_stream())?)
     };
-    Ok(link.open(head, !body.is_end_stream())?)
+    let opened = match attempt() {
+        // A newer session may have taken over just then.
+        Err(Fault::AgentOffline | Fault::TunnelLost) => attempt(),
+        outcome => outcome,
+    };
+    Ok((opened?, head_size))
 }
 
 /// The request target as the visitor wrote it. hyper keeps origin and asterisk form as they are;
@@ -219,11 +248,12 @@ impl<'a> Target<'a> {
     }
 }
 
+/// The size of the head with its empty line, as it is usually written, if it is within the limits.
 fn check_size(
     parts: &http::request::Parts,
     target: &Target<'_>,
     limits: &HttpConfig,
-) -> Result<(), Fault> {
+) -> Result<usize, Fault> {
     // "METHOD target HTTP/1.1" and the line's end.
     let line = parts.method.as_str().len() + target.as_bytes().len() + 12;
     if line > limits.max_request_line {
@@ -237,7 +267,7 @@ fn check_size(
     if parts.headers.len() > limits.max_header_lines || line + lines > limits.max_head {
         return Err(Fault::HeadTooLarge);
     }
-    Ok(())
+    Ok(line + lines + 2)
 }
 
 /// The method as bytes, without an allocation for the usual ones.
@@ -273,6 +303,7 @@ struct Upload {
 
 const TOO_LARGE: u8 = 1;
 const INCOMPLETE: u8 = 2;
+const MALFORMED: u8 = 3;
 
 /// Ends the upload when the answer is complete or given up.
 struct UploadGuard(Option<Arc<Upload>>);
@@ -283,6 +314,7 @@ impl UploadGuard {
         match self.0.as_ref()?.fault.load(Relaxed) {
             TOO_LARGE => Some(Fault::BodyTooLarge),
             INCOMPLETE => Some(Fault::BodyIncomplete),
+            MALFORMED => Some(Fault::BodyMalformed),
             _ => None,
         }
     }
@@ -350,8 +382,13 @@ impl Pump {
             watched.reading(self.visit.worker.now());
             let frame = match Pin::new(&mut self.body).poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => frame,
-                Poll::Ready(Some(Err(_))) => {
-                    self.fail(INCOMPLETE, Reason::BodyIncomplete);
+                Poll::Ready(Some(Err(error))) => {
+                    let fault = if is_malformed(&error) {
+                        MALFORMED
+                    } else {
+                        INCOMPLETE
+                    };
+                    self.fail(fault, Reason::BodyIncomplete);
                     return Poll::Ready(Pumped::Ended);
                 }
                 Poll::Ready(None) => {
@@ -388,6 +425,18 @@ impl Pump {
         self.upload.fault.store(fault, Relaxed);
         self.exchange.abort(reason);
     }
+}
+
+/// Whether a body broke because of what is in it, and not because the connection ended.
+fn is_malformed(error: &hyper::Error) -> bool {
+    std::error::Error::source(error)
+        .and_then(|source| source.downcast_ref::<io::Error>())
+        .is_some_and(|error| {
+            matches!(
+                error.kind(),
+                ErrorKind::InvalidData | ErrorKind::InvalidInput
+            )
+        })
 }
 
 /// Reads the rest of a body that nobody wants, within limits; what is left closes the connection.
@@ -485,12 +534,15 @@ impl Body for Answer {
                 self.underway.0.count_out(data.len());
                 Poll::Ready(Some(Ok(Frame::data(data))))
             }
-            Read::End(trailers) => Poll::Ready(
-                trailers
-                    .and_then(|lines| headers::to_trailer_map(&lines).ok())
-                    .filter(|map| !map.is_empty())
-                    .map(|map| Ok(Frame::trailers(map))),
-            ),
+            Read::End(trailers) => {
+                self.underway.0.watched.answer_ends_by_close(false);
+                Poll::Ready(
+                    trailers
+                        .and_then(|lines| headers::to_trailer_map(&lines).ok())
+                        .filter(|map| !map.is_empty())
+                        .map(|map| Ok(Frame::trailers(map))),
+                )
+            }
             Read::Reset(reason) => {
                 if !self.last_look {
                     // An error makes hyper drop what it has buffered. Once more around, and it

@@ -21,7 +21,7 @@ use tracing::debug;
 
 use super::{Visit, serve as serve_request};
 use crate::config::HttpConfig;
-use crate::metrics::Refusal;
+use crate::metrics::{Failure, Refusal, StatusClass};
 use crate::net::acceptor::Accepted;
 use crate::server::tenancy::Tenancy;
 use crate::server::worker::{Shared, TICK, Worker};
@@ -85,9 +85,10 @@ async fn serve(stream: TcpStream, peer: SocketAddr, place: Place) {
         http.as_mut().poll(cx)
     })
     .await;
-    if let Err(error) = outcome {
+    if let Err(error) = &outcome {
         debug!(%peer, port = place.tenancy.port, %error, "visitor's connection broke");
     }
+    place.count(outcome.err());
 }
 
 /// A visitor's place among the connections that are allowed, to be given back.
@@ -134,6 +135,28 @@ impl Place {
             Ok(place)
         }
     }
+
+    /// Counts what the connection's end says that no answer of ours has said.
+    fn count(&self, error: Option<hyper::Error>) {
+        let metrics = self.worker.metrics();
+        match error {
+            // hyper has answered it, with a status line and nothing else.
+            Some(error) if error.is_parse() => {
+                metrics.failures.inc(if error.is_parse_too_large() {
+                    Failure::HeadTooLarge
+                } else {
+                    Failure::BadRequest
+                });
+                metrics.answers.inc(StatusClass::ClientError);
+            }
+            // The answer broke off, which its exchange has counted.
+            Some(error) if error.is_user() => {}
+            _ if self.watched.phase.load(Relaxed) == EXCHANGE => {
+                metrics.failures.inc(Failure::VisitorLeft);
+            }
+            _ => {}
+        }
+    }
 }
 
 impl Drop for Place {
@@ -176,13 +199,20 @@ pub(in crate::server) struct Watched {
     reading_since: AtomicU32,
     /// Waiting for the visitor to take bytes.
     writing_since: AtomicU32,
-    /// Nobody reads the socket, because the service takes nothing or a 100 is awaited: only a
-    /// look at it tells that the visitor left, or sends without waiting.
+    /// Nobody waits for bytes of the socket, because the service takes nothing, a 100 is awaited,
+    /// or the next request has come before its turn: only a look at it tells that the visitor
+    /// left, or sends without waiting. Cleared when somebody waits again.
     unread: AtomicBool,
     /// The sweep asks for that look.
     look: AtomicBool,
     /// The visitor sends his body without having been told to go on.
     early_body: AtomicBool,
+    /// How much was read since the head began; the end of it may be the beginning of a body, or
+    /// of the next request. `u32::MAX` for a head of which nothing was read: it had come before.
+    read_with_head: AtomicU32,
+    /// The answer under way ends for the visitor where his connection ends: if it breaks off,
+    /// only a reset tells him.
+    ends_by_close: AtomicBool,
     /// What the sweep wants of the connection's task.
     order: AtomicU8,
     /// The connection's task.
@@ -212,6 +242,8 @@ impl Watched {
             unread: AtomicBool::new(false),
             look: AtomicBool::new(false),
             early_body: AtomicBool::new(false),
+            read_with_head: AtomicU32::new(u32::MAX),
+            ends_by_close: AtomicBool::new(false),
             order: AtomicU8::new(0),
             task: AtomicWaker::new(),
         })
@@ -231,18 +263,22 @@ impl Watched {
     /// The answer is complete.
     pub(in crate::server) fn exchange_ends(&self, now: u32) {
         self.enter(IDLE, now);
+        self.read_with_head.store(u32::MAX, Relaxed);
+    }
+
+    /// Notes whether only the connection's end tells the visitor that the answer is complete.
+    pub(in crate::server) fn answer_ends_by_close(&self, by_close: bool) {
+        self.ends_by_close.store(by_close, Relaxed);
     }
 
     /// Bytes of a body are awaited from the visitor since `now`.
     pub(in crate::server) fn reading(&self, now: u32) {
         self.reading_since.store(now, Relaxed);
-        self.unread.store(false, Relaxed);
     }
 
     /// The body is complete, or nobody wants more of it.
     pub(in crate::server) fn read_enough(&self) {
         self.reading_since.store(0, Relaxed);
-        self.unread.store(false, Relaxed);
     }
 
     /// Nobody will read the body that was held back, if one was.
@@ -258,9 +294,11 @@ impl Watched {
         self.unread.store(true, Relaxed);
     }
 
-    /// Whether the visitor sends a body that he was asked to hold back.
-    pub(in crate::server) fn body_came_early(&self) -> bool {
-        self.early_body.load(Relaxed)
+    /// Whether the visitor sends a body that he was asked to hold back. `head_size` is what his
+    /// head takes when it is written without needless blanks: whatever came beyond that with the
+    /// head is taken for the body.
+    pub(in crate::server) fn body_came_early(&self, head_size: usize) -> bool {
+        self.early_body.load(Relaxed) || self.read_with_head.load(Relaxed) as usize > head_size
     }
 
     /// The sweep's look at the connection.
@@ -343,6 +381,15 @@ impl Metered {
     }
 }
 
+impl Drop for Metered {
+    fn drop(&mut self) {
+        if self.watched.ends_by_close.load(Relaxed) {
+            // If that fails the connection is broken already, which tells the visitor as much.
+            let _ = self.stream.set_zero_linger();
+        }
+    }
+}
+
 impl AsyncRead for Metered {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -350,11 +397,22 @@ impl AsyncRead for Metered {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-        if buffer.filled().len() > before
-            && matches!(self.watched.phase.load(Relaxed), FRESH | IDLE)
-        {
-            self.watched.enter(HEAD, self.worker.now());
+        let outcome = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        let watched = &self.watched;
+        watched.unread.store(outcome.is_ready(), Relaxed);
+        ready!(outcome)?;
+        let read = u32::try_from(buffer.filled().len() - before).unwrap_or(u32::MAX);
+        match watched.phase.load(Relaxed) {
+            FRESH | IDLE if read > 0 => {
+                watched.enter(HEAD, self.worker.now());
+                watched.read_with_head.store(read, Relaxed);
+            }
+            HEAD => {
+                let before = watched.read_with_head.load(Relaxed);
+                let all = before.saturating_add(read);
+                watched.read_with_head.store(all, Relaxed);
+            }
+            _ => {}
         }
         Poll::Ready(Ok(()))
     }
