@@ -1,6 +1,11 @@
 //! Much at once: large bodies both ways, and peers who stop taking them.
 #![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "a test fails by panicking, and tells what it measured"
+)]
 
 mod common;
 
@@ -8,7 +13,7 @@ use std::fmt;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, LazyLock, Mutex};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::{Agent, PATIENCE, Process, Server, eventually, get, read_head};
@@ -52,6 +57,7 @@ fn a_visitor_who_stops_reading_for_a_minute_stops_only_himself() {
 }
 
 fn both_ways(size: u64) {
+    let _alone = alone();
     let (server, agent, bulk) = start();
     let mut visitor = Visitor::open(&agent);
 
@@ -71,6 +77,7 @@ fn both_ways(size: u64) {
 }
 
 fn stalled_visitor(size: u64, hold: Duration) {
+    let _alone = alone();
     let (server, agent, bulk) = start();
     rate(&agent, Duration::from_millis(500));
     let rate_before = rate(&agent, Duration::from_millis(1_500));
@@ -118,6 +125,7 @@ fn stalled_visitor(size: u64, hold: Duration) {
 #[test]
 fn a_service_that_stops_reading_stops_the_upload() {
     const SIZE: u64 = 128 * MIB;
+    let _alone = alone();
     let (server, agent, bulk) = start();
     rate(&agent, Duration::from_millis(500));
     let before = Memory::of(&server, &agent);
@@ -156,6 +164,7 @@ fn a_service_that_stops_reading_stops_the_upload() {
 #[test]
 fn four_downloads_leave_room_for_small_requests() {
     const SIZE: u64 = 24 * MIB;
+    let _alone = alone();
     let (_server, agent, _bulk) = start();
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -192,6 +201,13 @@ fn start() -> (Server, Agent, Bulk) {
     let agent = server.agent("bulk", bulk.address);
     assert_eq!(get(agent.address(), "/small").text(), SMALL);
     (server, agent, bulk)
+}
+
+/// Held by each test: what they measure would only measure the others.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    // One that failed is no reason for the others to.
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn timed<T>(action: impl FnOnce() -> T) -> (T, Duration) {
