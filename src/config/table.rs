@@ -338,7 +338,8 @@ static SERVER: &[Setting] = &[
     ),
     setting(
         "http.max_head",
-        size(KIB, MIB),
+        // What the tunnel carries is 128 KiB, with the lines that are added.
+        size(KIB, 96 * KIB),
         "64KiB",
         "Most bytes of a request line with its header lines; more get 431.",
     ),

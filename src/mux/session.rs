@@ -226,6 +226,8 @@ impl Session {
         match &exchange.ending_in {
             Some(Ending::Reset(reason)) => HeadRead::Reset(*reason),
             Some(Ending::Complete(_)) => HeadRead::Reset(Reason::UpstreamError),
+            // Nobody who has given up needs the peer to say that it heard of it.
+            None if exchange.aborted => HeadRead::Reset(Reason::Cancelled),
             None => HeadRead::Pending,
         }
     }
@@ -404,10 +406,10 @@ impl Session {
             self.free_if_over(index);
         } else {
             exchange.aborted = true;
-            if exchange.wants_capacity {
-                exchange.writable = true;
-                self.schedule_event(index);
-            }
+            // Whoever waits for a head or for capacity needn't wait any longer.
+            exchange.readable = true;
+            exchange.writable |= exchange.wants_capacity;
+            self.schedule_event(index);
             self.schedule_control(index);
         }
     }
@@ -447,7 +449,26 @@ impl Session {
         } else {
             self.cancel(key.index, reason);
         }
+        self.end_promise(key);
         self.free_if_over(key.index);
+    }
+
+    /// Nothing of what still comes for a released exchange is kept, so only what waits to be sent
+    /// stays promised: a peer that doesn't end its side holds a slot, but nobody's memory.
+    fn end_promise(&mut self, key: Key) {
+        let Some(exchange) = self.store.get(key) else {
+            return;
+        };
+        if let Some(Ending::Complete(trailers)) = &mut exchange.ending_in {
+            *trailers = None;
+        }
+        let keep = if exchange.outbox.is_empty() {
+            0
+        } else {
+            exchange.promised.min(RESERVED_WINDOW as usize)
+        };
+        self.budget.give_back(exchange.promised - keep);
+        exchange.promised = keep;
     }
 
     /// Tells the peer that no new exchanges are wanted. Those under way go on.
