@@ -36,8 +36,10 @@ use crate::wire::{MAX_MESSAGE, tunnel_server::TunnelServer};
 /// nothing to read, moved on by the sweep. A limit is kept to within this much.
 pub(super) const TICK: Duration = Duration::from_millis(500);
 
-/// How many batches of connections may wait for a worker. One more and the batch is dropped,
-/// which closes its connections: a worker that far behind wouldn't serve them in time.
+/// How many batches of connections may wait for a worker, at least: as many as there may be
+/// visitors if that is more, since a batch may be a single connection, and a burst that is allowed
+/// isn't to be cut for coming faster than one thread takes it. One more and the batch is dropped,
+/// which closes its connections. Room for them is allocated as they come.
 const QUEUE: usize = 1024;
 
 /// How many bytes an agent may send before it is welcomed: a hello is a few hundred, with the most
@@ -120,7 +122,7 @@ impl Worker {
         shared: Arc<Shared>,
         request_ids: RequestIds,
     ) -> (Arc<Self>, JobSender, mpsc::Receiver<Job>) {
-        let (sender, jobs) = mpsc::channel(QUEUE);
+        let (sender, jobs) = mpsc::channel(QUEUE.max(shared.config.http.max_connections));
         let worker = Arc::new(Self {
             index,
             sweep: shared.sweeps[index].clone(),
