@@ -357,7 +357,7 @@ impl Stream for Outbound {
                     };
                     return Poll::Ready(Some(AgentMessage {
                         hello: Some(*hello),
-                        frames: Vec::new(),
+                        ..AgentMessage::default()
                     }));
                 }
                 State::Greeted => match Pin::new(&mut this.link).poll(cx) {
