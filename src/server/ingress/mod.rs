@@ -120,7 +120,8 @@ async fn forward(
     let (exchange, head_size) = match open(visit, &parts, &body) {
         Ok(opened) => opened,
         Err(fault) => {
-            if !body.is_end_stream() && !holds_back {
+            // Where the connection closes anyway, the rest of the body is left to the lingering.
+            if !body.is_end_stream() && !holds_back && !fault.closes() {
                 tokio::spawn(drain(visit.clone(), visit.watched.body(), body));
             }
             return Err((fault, upload));
@@ -371,7 +372,13 @@ impl Pump {
             Pumped::Unwanted => {
                 self.exchange.abort(Reason::Cancelled);
                 drop(self.exchange);
-                drain(self.visit, self.watched, self.body).await;
+                if self.upload.fault.load(Relaxed) == TOO_LARGE {
+                    // The answer closes the connection.
+                    drop(self.body);
+                    self.watched.read_enough();
+                } else {
+                    drain(self.visit, self.watched, self.body).await;
+                }
             }
         }
     }
