@@ -382,6 +382,7 @@ impl Session {
     }
 
     fn abort_index(&mut self, index: usize, reason: Reason) {
+        let role = self.role;
         let Some(exchange) = self.store.by_index(index) else {
             return;
         };
@@ -407,9 +408,11 @@ impl Session {
         } else {
             exchange.aborted = true;
             // Whoever waits for a head or for capacity needn't wait any longer.
-            exchange.readable = true;
+            exchange.readable |= role == Role::Opener && !exchange.head_seen;
             exchange.writable |= exchange.wants_capacity;
-            self.schedule_event(index);
+            if exchange.readable || exchange.writable {
+                self.schedule_event(index);
+            }
             self.schedule_control(index);
         }
     }

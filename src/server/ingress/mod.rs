@@ -120,8 +120,8 @@ async fn forward(
     let (exchange, head_size) = match open(visit, &parts, &body) {
         Ok(opened) => opened,
         Err(fault) => {
-            // A connection that closes is closed at once; the visitor may still send for a moment.
-            if !fault.closes() && !body.is_end_stream() && !holds_back {
+            // Where the connection closes anyway, the rest of the body is left to the lingering.
+            if !body.is_end_stream() && !holds_back && !fault.closes() {
                 tokio::spawn(drain(visit.clone(), visit.watched.body(), body));
             }
             return Err((fault, upload));
@@ -369,14 +369,16 @@ impl Pump {
         let pumped = std::future::poll_fn(|cx| self.poll(cx)).await;
         match pumped {
             Pumped::Ended => self.watched.read_enough(),
-            // The connection closes with the answer that says why.
-            Pumped::Unwanted if self.upload.fault.load(Relaxed) != 0 => {
-                self.watched.read_enough();
-            }
             Pumped::Unwanted => {
                 self.exchange.abort(Reason::Cancelled);
                 drop(self.exchange);
-                drain(self.visit, self.watched, self.body).await;
+                if self.upload.fault.load(Relaxed) == TOO_LARGE {
+                    // The answer closes the connection.
+                    drop(self.body);
+                    self.watched.read_enough();
+                } else {
+                    drain(self.visit, self.watched, self.body).await;
+                }
             }
         }
     }
