@@ -16,7 +16,7 @@ use slab::Slab;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
@@ -35,6 +35,9 @@ use crate::wire::{MAX_MESSAGE, tunnel_server::TunnelServer};
 /// The unit in which a worker measures the times of its connections: a coarse clock that costs
 /// nothing to read, moved on by the sweep. A limit is kept to within this much.
 pub(super) const TICK: Duration = Duration::from_millis(500);
+
+/// How long a sweep that was asked for may wait for more reasons.
+const SWEEP_DELAY: Duration = Duration::from_millis(20);
 
 /// How many batches of connections may wait for a worker, at least: as many as there may be
 /// visitors if that is more, since a batch may be a single connection, and a burst that is allowed
@@ -166,6 +169,7 @@ impl Worker {
     pub(super) async fn run(self: Arc<Self>, mut jobs: mpsc::Receiver<Job>) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let mut sweep_at = None;
         loop {
             tokio::select! {
                 job = jobs.recv() => match job {
@@ -176,10 +180,13 @@ impl Worker {
                     self.clock.fetch_add(1, Ordering::Relaxed);
                     self.sweep_connections();
                 }
-                () = self.sweep.notified() => {
+                // However many ports are released at once, one look is enough for all of them.
+                () = self.sweep.notified(), if sweep_at.is_none() => {
+                    sweep_at = Some(Instant::now() + SWEEP_DELAY);
+                }
+                () = sleep_until(sweep_at.unwrap_or_else(Instant::now)), if sweep_at.is_some() => {
+                    sweep_at = None;
                     self.sweep_connections();
-                    // However often ports are released, everybody else has a turn in between.
-                    tokio::task::yield_now().await;
                 }
             }
         }
