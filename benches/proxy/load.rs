@@ -190,7 +190,9 @@ impl Connection {
     async fn small(&mut self, request: &[u8]) -> io::Result<()> {
         self.stream.write_all(request).await?;
         let length = self.head().await?;
-        self.take(length).await
+        self.take(length).await?;
+        assert_eq!(self.ready, 0, "more came than the answer");
+        Ok(())
     }
 
     async fn ask(&mut self, size: u64) -> io::Result<()> {
