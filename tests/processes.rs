@@ -320,3 +320,73 @@ fn without_file_descriptors_the_server_waits_quietly() {
     assert_eq!(server.process.count(&["WARN"]), 1, "one line about it");
     server.process.wait_for(&["accepting connections again"]);
 }
+
+/// How many single bytes pass while the other side stands still: as many messages, and far more
+/// than h2 takes in one go if they are tiny (139 of them, in h2 0.4.20).
+const DRIPS: usize = 400;
+
+#[test]
+fn many_small_messages_after_a_stall_do_not_end_the_tunnel() {
+    let server = Server::start();
+    // Reads a chunked request to its end, then answers byte by byte.
+    let address = service(|mut stream| {
+        let Ok(_head) = read_head(&mut stream) else {
+            return;
+        };
+        let mut chunks = 0;
+        while let Ok(Some(_)) = common::raw::read_chunk(&mut stream) {
+            chunks += 1;
+        }
+        let head =
+            format!("HTTP/1.1 200 OK\r\nX-Chunks: {chunks}\r\nContent-Length: {DRIPS}\r\n\r\n");
+        let _ = stream.write_all(head.as_bytes());
+        let mut go = [0];
+        let _ = stream.read(&mut go);
+    });
+    let agent = server.agent("dripping", address);
+    let mut visitor = connect(agent.address());
+    let head = "POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n";
+    visitor.write_all(head.as_bytes()).unwrap();
+    // The agent stands still, and the server's messages pile up in the sockets between them.
+    agent.process.signal("STOP");
+    for _ in 0..DRIPS {
+        visitor.write_all(b"1\r\nx\r\n").unwrap();
+        pause();
+    }
+    visitor.write_all(b"0\r\n\r\n").unwrap();
+    agent.process.signal("CONT");
+    let answer = read_head(&mut visitor).unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 200 "));
+    assert_eq!(agent.process.count(&["disconnected"]), 0);
+    drop(visitor);
+
+    // The same the other way around: the server stands still while the service drips.
+    let (tell, told) = std::sync::mpsc::channel();
+    let tell = std::sync::Mutex::new(tell);
+    let address = service(move |mut stream| {
+        if read_head(&mut stream).is_err() {
+            return;
+        }
+        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {DRIPS}\r\n\r\n");
+        let _ = stream.write_all(head.as_bytes());
+        let _ = tell.lock().unwrap().send(());
+        for _ in 0..DRIPS {
+            pause();
+            let _ = stream.write_all(b"x");
+        }
+        let _ = tell.lock().unwrap().send(());
+        let _ = stream.read(&mut [0]);
+    });
+    let agent = server.agent("dripped-on", address);
+    let mut visitor = connect(agent.address());
+    visitor
+        .write_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+        .unwrap();
+    told.recv_timeout(PATIENCE).unwrap();
+    server.process.signal("STOP");
+    told.recv_timeout(PATIENCE).unwrap();
+    server.process.signal("CONT");
+    let answer = read_answer(&mut visitor, false);
+    assert_eq!((answer.status, answer.body.len()), (200, DRIPS));
+    assert_eq!(agent.process.count(&["disconnected"]), 0);
+}

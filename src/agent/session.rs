@@ -37,7 +37,11 @@ const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The most exchanges an agent lets a server agree upon: each may hold 32 KiB, and slots are
 /// numbered.
-const MAX_EXCHANGES: u32 = 1 << 20;
+const MAX_EXCHANGES: u32 = 1 << 16;
+
+/// The longest wait that a server can ask for: an hour. A mistaken one shall not put an agent out
+/// of action for weeks.
+const LONGEST_RETRY_MS: u32 = 60 * 60 * 1000;
 
 /// What all exchanges of a session together may hold beyond what is reserved for each: windows
 /// that have grown for fast bodies, and heads.
@@ -78,7 +82,7 @@ pub enum Lost {
 
 impl From<Rejection> for Lost {
     fn from(rejection: Rejection) -> Self {
-        let retry_after = rejection.retry_after_ms;
+        let retry_after = rejection.retry_after_ms.min(LONGEST_RETRY_MS);
         Self::Rejected {
             reason: rejection.reason(),
             detail: rejection.detail,
@@ -130,8 +134,7 @@ pub(super) async fn dial(
         Ok(connected) => connected.map_err(Lost::Connect)?,
         Err(_) => return Err(Lost::Connect(io::ErrorKind::TimedOut.into())),
     };
-    // Batches are whole messages: nothing is gained by waiting for more.
-    stream.set_nodelay(true).map_err(Lost::Connect)?;
+    http2::prepare(&stream).map_err(Lost::Connect)?;
     let patience = WELCOME_TIMEOUT.min(agent.shared.config.grpc.heartbeat_timeout);
     timeout(patience, greet(agent, stream, last_port))
         .await
@@ -354,7 +357,7 @@ impl Stream for Outbound {
                     };
                     return Poll::Ready(Some(AgentMessage {
                         hello: Some(*hello),
-                        frames: Vec::new(),
+                        ..AgentMessage::default()
                     }));
                 }
                 State::Greeted => match Pin::new(&mut this.link).poll(cx) {

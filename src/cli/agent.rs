@@ -69,17 +69,9 @@ pub(super) fn run(args: AgentArgs) -> Outcome {
             }
         });
     block_on(async {
-        // Set up before the first connection, so that no signal is missed.
-        let (told, stop) = tokio::sync::oneshot::channel();
-        tokio::spawn(async move {
-            // If signals can't be had, the agent runs until it is killed.
-            match told_to_stop().await {
-                Ok(()) => drop(told.send(())),
-                Err(_) => std::future::pending().await,
-            }
-        });
-        agent.run(async { drop(stop.await) }).await;
-    })
+        agent.run(told_to_stop()?).await;
+        Ok(())
+    })?
 }
 
 impl HttpArgs {

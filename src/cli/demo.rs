@@ -72,7 +72,7 @@ async fn run_agents(server: &Server, count: u16) -> Outcome {
     // which only this table wants.
     let (events, mut connected) = mpsc::channel(usize::from(count) * 4);
     let mut running = tokio::task::JoinSet::new();
-    let mut told = std::pin::pin!(told_to_stop());
+    let mut told = std::pin::pin!(told_to_stop()?);
     for number in 1..=count {
         let name = format!("agent-{number}");
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
@@ -109,7 +109,7 @@ async fn run_agents(server: &Server, count: u16) -> Outcome {
                 Some((_, Err(why))) => return Err(Failure::failed(format_args!("{name}: {why}"))),
                 None => {}
             },
-            told = &mut told => return told,
+            () = &mut told => return Ok(()),
         }
     }
     say(format_args!(
@@ -117,11 +117,11 @@ async fn run_agents(server: &Server, count: u16) -> Outcome {
         server.admin_address(),
         server.admin_address()
     ));
-    let told = told.await;
+    told.await;
     stop.cancel();
     while running.join_next().await.is_some() {}
     say("Stopped.");
-    told
+    Ok(())
 }
 
 fn introduce(number: u16, name: &str, port: u16) {

@@ -124,27 +124,32 @@ fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Failure> {
         .enable_all()
         .build()
         .map_err(Failure::failed)?;
-    Ok(runtime.block_on(future))
+    let output = runtime.block_on(future);
+    // Not dropped: that would wait for a name look-up that nobody needs any more.
+    runtime.shutdown_background();
+    Ok(output)
 }
 
-/// Ends with the first SIGTERM or SIGINT. A second one ends the process at once.
-async fn told_to_stop() -> Result<(), Failure> {
+/// The future ends with the first SIGTERM or SIGINT since the call, which needs a tokio runtime.
+/// A second one ends the process at once.
+fn told_to_stop() -> Result<impl Future<Output = ()>, Failure> {
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::failed)?;
-    let name = tokio::select! {
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
-    };
-    info!(signal = name, "stopping");
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        warn!("told to stop a second time: ending at once");
-        std::process::exit(1);
-    });
-    Ok(())
+    Ok(async move {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        };
+        info!(signal = name, "stopping");
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            warn!("told to stop a second time: ending at once");
+            std::process::exit(1);
+        });
+    })
 }
 
 /// Writes a line for whoever started the command; not for the log.

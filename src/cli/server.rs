@@ -5,6 +5,8 @@ use super::{
 };
 use crate::config::ServerConfig;
 use crate::server::Server;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::warn;
 
 use super::Failure;
 
@@ -28,10 +30,19 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
     let config = ServerConfig::load(&sources(args.file.config.as_deref()))?;
     start_log(&config.log)?;
     raise_descriptor_limit();
-    let server = Server::start(config).map_err(Failure::failed)?;
     block_on(async {
-        let told = told_to_stop().await;
+        // Before anything is bound, so that no signal finds the server half started.
+        let told = told_to_stop()?;
+        // Without a handler a SIGHUP would end the server, and it is what reloads other programs.
+        let mut hangup = signal(SignalKind::hangup()).map_err(Failure::failed)?;
+        let server = Server::start(config).map_err(Failure::failed)?;
+        tokio::spawn(async move {
+            while hangup.recv().await.is_some() {
+                warn!("SIGHUP: settings can't be reloaded yet; restart the server");
+            }
+        });
+        told.await;
         server.shutdown().await;
-        told
+        Ok(())
     })?
 }

@@ -81,7 +81,7 @@ async fn swarm(args: SwarmArgs) -> Outcome {
     let tally = Arc::new(Mutex::new(Tally::default()));
     let settled = Arc::new(Notify::new());
     let stop = CancellationToken::new();
-    let mut told = std::pin::pin!(told_to_stop());
+    let mut told = std::pin::pin!(told_to_stop()?);
     let progress = ProgressBar::new(args.count.into()).with_style(
         ProgressStyle::with_template("{bar:40} {pos}/{len} agents, {elapsed}")
             .map_err(Failure::failed)?,
@@ -110,10 +110,10 @@ async fn swarm(args: SwarmArgs) -> Outcome {
         }
         tokio::select! {
             () = settled.notified() => {}
-            told = &mut told => {
+            () = &mut told => {
                 progress.abandon();
                 summarise(&tally, since.elapsed());
-                return told;
+                return Ok(());
             }
         }
         progress.set_position(tally_of(&tally).settled.len() as u64);
@@ -125,10 +125,10 @@ async fn swarm(args: SwarmArgs) -> Outcome {
     let mut before = (Instant::now(), 0);
     loop {
         tokio::select! {
-            told = &mut told => {
+            () = &mut told => {
                 stop.cancel();
                 while agents.join_next().await.is_some() {}
-                return told;
+                return Ok(());
             }
             _ = reports.tick() => {
                 let now = (Instant::now(), served.load(std::sync::atomic::Ordering::Relaxed));

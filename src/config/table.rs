@@ -304,9 +304,9 @@ static SERVER: &[Setting] = &[
     ),
     setting(
         "http.max_exchanges_per_agent",
-        count(1, 1 << 20),
+        count(1, 1 << 16),
         "16384",
-        "Requests in flight to one agent; more get 503. Enough for a burst of 10,000, and each holds a few KiB at most while it waits.",
+        "Requests in flight to one agent; more get 503. Enough for a burst of 10,000, and each may hold 32 KiB before anything is lent.",
     ),
     setting(
         "http.max_connections",
@@ -338,7 +338,8 @@ static SERVER: &[Setting] = &[
     ),
     setting(
         "http.max_head",
-        size(KIB, MIB),
+        // What the tunnel carries is 128 KiB, with the lines that are added.
+        size(KIB, 96 * KIB),
         "64KiB",
         "Most bytes of a request line with its header lines; more get 431.",
     ),

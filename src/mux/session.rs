@@ -226,6 +226,8 @@ impl Session {
         match &exchange.ending_in {
             Some(Ending::Reset(reason)) => HeadRead::Reset(*reason),
             Some(Ending::Complete(_)) => HeadRead::Reset(Reason::UpstreamError),
+            // Nobody who has given up needs the peer to say that it heard of it.
+            None if exchange.aborted => HeadRead::Reset(Reason::Cancelled),
             None => HeadRead::Pending,
         }
     }
@@ -380,6 +382,7 @@ impl Session {
     }
 
     fn abort_index(&mut self, index: usize, reason: Reason) {
+        let role = self.role;
         let Some(exchange) = self.store.by_index(index) else {
             return;
         };
@@ -404,8 +407,10 @@ impl Session {
             self.free_if_over(index);
         } else {
             exchange.aborted = true;
-            if exchange.wants_capacity {
-                exchange.writable = true;
+            // Whoever waits for a head or for capacity needn't wait any longer.
+            exchange.readable |= role == Role::Opener && !exchange.head_seen;
+            exchange.writable |= exchange.wants_capacity;
+            if exchange.readable || exchange.writable {
                 self.schedule_event(index);
             }
             self.schedule_control(index);
@@ -447,7 +452,26 @@ impl Session {
         } else {
             self.cancel(key.index, reason);
         }
+        self.end_promise(key);
         self.free_if_over(key.index);
+    }
+
+    /// Nothing of what still comes for a released exchange is kept, so only what waits to be sent
+    /// stays promised: a peer that doesn't end its side holds a slot, but nobody's memory.
+    fn end_promise(&mut self, key: Key) {
+        let Some(exchange) = self.store.get(key) else {
+            return;
+        };
+        if let Some(Ending::Complete(trailers)) = &mut exchange.ending_in {
+            *trailers = None;
+        }
+        let keep = if exchange.outbox.is_empty() {
+            0
+        } else {
+            exchange.promised.min(RESERVED_WINDOW as usize)
+        };
+        self.budget.give_back(exchange.promised - keep);
+        exchange.promised = keep;
     }
 
     /// Tells the peer that no new exchanges are wanted. Those under way go on.

@@ -18,11 +18,11 @@ mod session;
 mod tenancy;
 mod worker;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
@@ -109,7 +109,8 @@ impl Server {
                 .http
                 .max_connections_per_address
                 .map(|_| DashMap::new()),
-            handshakes: AtomicUsize::new(0),
+            handshakes: Mutex::new(BTreeMap::new()),
+            tunnels: (0..worker_count).map(|_| AtomicUsize::new(0)).collect(),
             sweeps: (0..worker_count).map(|_| Arc::new(Notify::new())).collect(),
             metrics: metrics.clone(),
             registry: registry.clone(),
@@ -303,15 +304,23 @@ impl Sink for Dispatcher {
                 Some(tenancy) => (tenancy.worker(), Job::Visitors(tenancy, batch)),
                 None => return self.refused(0, Refusal::NoTenant, count),
             },
-            Listener::Adopted(_) => (self.least_loaded(), Job::Agents(batch)),
+            Listener::Adopted(_) => {
+                let index = self.least_loaded();
+                self.shared.tunnels[index].fetch_add(count, Relaxed);
+                (index, Job::Agents(batch))
+            }
         };
-        match self.queues[index].try_send(job) {
-            Ok(()) => {}
-            Err(mpsc::error::TrySendError::Full(_)) => {
+        let job = match self.queues[index].try_send(job) {
+            Ok(()) => return,
+            Err(mpsc::error::TrySendError::Full(job)) => {
                 self.refused(index, Refusal::QueueFull, count);
+                job
             }
             // The server is ending.
-            Err(mpsc::error::TrySendError::Closed(_)) => {}
+            Err(mpsc::error::TrySendError::Closed(job)) => job,
+        };
+        if matches!(job, Job::Agents(_)) {
+            self.shared.tunnels[index].fetch_sub(count, Relaxed);
         }
     }
 }
@@ -320,7 +329,7 @@ impl Dispatcher {
     /// The worker that new tunnels go to: the one with the fewest.
     fn least_loaded(&self) -> usize {
         (0..self.queues.len())
-            .min_by_key(|index| self.shared.metrics.worker(*index).tunnels_open.get())
+            .min_by_key(|index| self.shared.tunnels[*index].load(Relaxed))
             .unwrap_or(0)
     }
 

@@ -8,14 +8,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use dashmap::DashMap;
 use thiserror::Error;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::directory::{Directory, Row, RowState, Snapshot};
 use super::session::Session;
@@ -100,6 +100,8 @@ struct State {
     /// For the accept task. It holds what the allocator emitted since that looked last: two for
     /// each port at most.
     commands: VecDeque<Command>,
+    /// Sessions that were replaced and may be finishing what they had under way.
+    replaced: Vec<Weak<Session>>,
     next_generation: u64,
     revision: u64,
     published: u64,
@@ -141,6 +143,7 @@ impl Registry {
                 members: HashMap::new(),
                 waiting: HashMap::new(),
                 commands: VecDeque::new(),
+                replaced: Vec::new(),
                 next_generation: 1,
                 revision: 1,
                 published: 0,
@@ -200,25 +203,27 @@ impl Registry {
         answer.await.unwrap_or(Err(JoinError::Draining))
     }
 
-    /// Gives a session's port back, if it is still that session's.
-    pub(super) fn leave(&self, agent_id: &AgentId, generation: Generation) {
+    /// Gives a session's port back, if it is still that session's. Says whether the port has been
+    /// released by that.
+    pub(super) fn leave(&self, agent_id: &AgentId, generation: Generation) -> bool {
         let mut state = self.lock();
         let Some(member) = state.members.get_mut(agent_id) else {
-            return;
+            return false;
         };
         if member.generation != generation || member.session.take().is_none() {
-            return;
+            return false;
         }
+        let tenancy = member.tenancy.clone();
         member.tenancy.disconnect(generation);
         member.row = Arc::new(Row {
             state: RowState::Leased,
             ..Row::clone(&member.row)
         });
-        let allocation = member.tenancy.allocation;
         let now = self.epoch.elapsed();
-        state.allocator.agent_lost(allocation, now);
+        state.allocator.agent_lost(tenancy.allocation, now);
         state.revision += 1;
         self.settle(&mut state);
+        tenancy.is_over()
     }
 
     /// The tenancy that a connection accepted from `port` under `key` belongs to.
@@ -240,7 +245,7 @@ impl Registry {
             Ok(()) => state.allocator.bound(port, allocation),
             Err(error) => {
                 self.metrics.bind_failures.inc();
-                warn!(port, %error, "port could not be bound");
+                debug!(port, %error, "port could not be bound");
                 let now = self.epoch.elapsed();
                 let failure = crate::net::bind_failure(&error);
                 state.allocator.bind_failed(port, allocation, failure, now);
@@ -274,7 +279,7 @@ impl Registry {
     }
 
     /// Closes every port and takes nobody in any more. Sessions go on until they are ended;
-    /// returned are those that are connected.
+    /// returned are those that are connected, replaced ones included.
     pub(super) fn drain(&self) -> Vec<Arc<Session>> {
         let mut state = self.lock();
         state.draining = true;
@@ -282,6 +287,7 @@ impl Registry {
             .members
             .values()
             .filter_map(|member| member.session.clone())
+            .chain(state.replaced.iter().filter_map(Weak::upgrade))
             .collect();
         state.allocator.release_all();
         self.settle(&mut state);
@@ -384,6 +390,8 @@ impl Registry {
         self.routes.insert(port, tenancy.clone());
         if let Some(session) = older.and_then(|member| member.session) {
             info!(agent = %agent_id, "session replaced by a newer one of the same agent");
+            state.replaced.retain(|session| session.strong_count() > 0);
+            state.replaced.push(Arc::downgrade(&session));
             session.replace();
         }
         let public_url = format!("http://{}:{port}/", applicant.public_host);

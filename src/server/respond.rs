@@ -134,7 +134,7 @@ impl Fault {
     }
 
     /// Whether the connection can't be used again: what follows on it may not be a request.
-    fn closes(self) -> bool {
+    pub(super) fn closes(self) -> bool {
         match self {
             Self::RequestLineTooLong
             | Self::HeadTooLarge

@@ -222,7 +222,6 @@ async fn run(
         max_exchanges: worker.shared().max_exchanges(),
         capabilities: Vec::new(),
     };
-    worker.metrics().tunnels_open.inc();
     let sent = first.send(First {
         message: ServerMessage {
             welcome: Some(welcome),
@@ -241,7 +240,6 @@ async fn run(
         Err(_) => Ended::Closed,
     };
     session.link.close();
-    worker.metrics().tunnels_open.dec();
     info!(
         agent = %agent_id,
         port,
@@ -265,9 +263,10 @@ struct Membership<'a> {
 impl Drop for Membership<'_> {
     fn drop(&mut self) {
         let shared = self.worker.shared();
-        shared.registry.leave(self.agent_id, self.generation);
-        // The port may be released now: its visitors' connections are to notice.
-        shared.sweep_all();
+        if shared.registry.leave(self.agent_id, self.generation) {
+            // The port is released: its visitors' connections are to notice.
+            shared.sweep_all();
+        }
     }
 }
 

@@ -1,17 +1,23 @@
 //! A worker: one thread, one runtime, and the tunnels and visitors that live on it.
 
+use std::collections::BTreeMap;
+use std::io::{self, IoSlice};
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use dashmap::DashMap;
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use slab::Slab;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::ingress::visitor::{self, Watched};
@@ -30,9 +36,15 @@ use crate::wire::{MAX_MESSAGE, tunnel_server::TunnelServer};
 /// nothing to read, moved on by the sweep. A limit is kept to within this much.
 pub(super) const TICK: Duration = Duration::from_millis(500);
 
-/// How many batches of connections may wait for a worker. One more and the batch is dropped,
-/// which closes its connections: a worker that far behind wouldn't serve them in time.
+/// How many batches of connections may wait for a worker, at least: as many as there may be
+/// visitors if that is more, since a batch may be a single connection, and a burst that is allowed
+/// isn't to be cut for coming faster than one thread takes it. One more and the batch is dropped,
+/// which closes its connections. Room for them is allocated as they come.
 const QUEUE: usize = 1024;
+
+/// How many bytes an agent may send before it is welcomed: a hello is a few hundred, with the most
+/// and longest labels 9 KiB, and HTTP/2 adds less than one. More would lie in memory for nobody.
+const HELLO_BYTES: usize = 16 * 1024;
 
 /// How long a finished session's connection may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -51,8 +63,11 @@ pub(super) struct Shared {
     pub visitors: AtomicUsize,
     /// Visitors' connections by address, if those are limited.
     pub addresses: Option<DashMap<std::net::IpAddr, usize>>,
-    /// Tunnel connections that haven't been welcomed, against `grpc.max_handshakes`.
-    pub handshakes: AtomicUsize,
+    /// Tunnel connections that haven't been welcomed, oldest first, against
+    /// `grpc.max_handshakes`. Locked when one comes or is done.
+    pub(super) handshakes: Mutex<BTreeMap<u64, CancellationToken>>,
+    /// Tunnel connections by worker, welcomed or not: new ones go where the fewest are.
+    pub(super) tunnels: Vec<AtomicUsize>,
     /// Wakes each worker's sweep.
     pub sweeps: Vec<Arc<Notify>>,
 }
@@ -61,6 +76,12 @@ impl Shared {
     /// The most exchanges a tunnel carries at once.
     pub(super) fn max_exchanges(&self) -> u32 {
         u32::try_from(self.config.http.max_exchanges_per_agent).unwrap_or(u32::MAX)
+    }
+
+    fn handshakes(&self) -> MutexGuard<'_, BTreeMap<u64, CancellationToken>> {
+        self.handshakes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has every worker look at its connections now. Many calls before a worker gets to it are
@@ -101,7 +122,7 @@ impl Worker {
         shared: Arc<Shared>,
         request_ids: RequestIds,
     ) -> (Arc<Self>, JobSender, mpsc::Receiver<Job>) {
-        let (sender, jobs) = mpsc::channel(QUEUE);
+        let (sender, jobs) = mpsc::channel(QUEUE.max(shared.config.http.max_connections));
         let worker = Arc::new(Self {
             index,
             sweep: shared.sweeps[index].clone(),
@@ -155,7 +176,11 @@ impl Worker {
                     self.clock.fetch_add(1, Ordering::Relaxed);
                     self.sweep_connections();
                 }
-                () = self.sweep.notified() => self.sweep_connections(),
+                () = self.sweep.notified() => {
+                    self.sweep_connections();
+                    // However often ports are released, everybody else has a turn in between.
+                    tokio::task::yield_now().await;
+                }
             }
         }
     }
@@ -211,18 +236,16 @@ impl Worker {
     }
 
     fn admit_agent(self: &Arc<Self>, accepted: Accepted) {
-        let shared = &self.shared;
-        let limit = shared.config.grpc.max_handshakes;
-        let Some(slot) = Handshake::begin(&self.shared, limit) else {
-            let failed = &self.metrics().handshakes_failed;
-            failed.inc(HandshakeFailure::Limit);
-            return;
-        };
-        match TcpStream::from_std(accepted.stream) {
+        let counted = Counted(self.clone());
+        let slot = Handshake::begin(&self.shared);
+        let stream = TcpStream::from_std(accepted.stream)
+            .and_then(|stream| http2::prepare(&stream).map(|()| stream));
+        match stream {
             Ok(stream) => {
-                let worker = self.clone();
                 tokio::spawn(async move {
+                    let worker = counted.0.clone();
                     worker.serve_agent(stream, accepted.peer, slot).await;
+                    drop(counted);
                 });
             }
             Err(error) => debug!(%error, "connection lost before it was served"),
@@ -231,6 +254,11 @@ impl Worker {
 
     async fn serve_agent(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, slot: Handshake) {
         let connection = Connection::new(peer);
+        let stream = Guarded {
+            stream,
+            left: Some(HELLO_BYTES),
+            connection: connection.clone(),
+        };
         let service = TunnelServer::new(TunnelService {
             worker: self.clone(),
             connection: connection.clone(),
@@ -256,6 +284,7 @@ impl Worker {
                 return;
             }
             () = deadline => Some(HandshakeFailure::Timeout),
+            () = slot.evicted.cancelled() => Some(HandshakeFailure::Limit),
         };
         drop(slot);
         if let Some(failure) = failed {
@@ -263,12 +292,14 @@ impl Worker {
             self.metrics().handshakes_failed.inc(failure);
             return;
         }
+        self.metrics().tunnels_open.inc();
         tokio::select! {
             _ = &mut http => {}
             () = connection.over.cancelled() => {
                 let _ = tokio::time::timeout(GOODBYE, http).await;
             }
         }
+        self.metrics().tunnels_open.dec();
     }
 
     /// Counts a refused connection.
@@ -277,20 +308,111 @@ impl Worker {
     }
 }
 
+/// Counts a tunnel connection on its worker. The accept task has counted it in.
+struct Counted(Arc<Worker>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.shared.tunnels[self.0.index].fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// One of the places for connections that haven't shown who they are.
-struct Handshake(Arc<Shared>);
+struct Handshake {
+    shared: Arc<Shared>,
+    number: u64,
+    /// The place is needed for a newer connection.
+    evicted: CancellationToken,
+}
 
 impl Handshake {
-    fn begin(shared: &Arc<Shared>, limit: usize) -> Option<Self> {
-        let taken = shared.handshakes.fetch_add(1, Ordering::Relaxed);
-        let slot = Self(shared.clone());
-        (taken < limit).then_some(slot)
+    /// Takes a place. If there is none, the oldest connection loses its own: honest agents say
+    /// hello at once, so whoever has waited longest is the least likely to be one.
+    fn begin(shared: &Arc<Shared>) -> Self {
+        let evicted = CancellationToken::new();
+        let mut places = shared.handshakes();
+        if places.len() >= shared.config.grpc.max_handshakes
+            && let Some((_, oldest)) = places.pop_first()
+        {
+            oldest.cancel();
+        }
+        let number = places.last_key_value().map_or(0, |(last, _)| last + 1);
+        places.insert(number, evicted.clone());
+        drop(places);
+        Self {
+            shared: shared.clone(),
+            number,
+            evicted,
+        }
     }
 }
 
 impl Drop for Handshake {
     fn drop(&mut self) {
-        self.0.handshakes.fetch_sub(1, Ordering::Relaxed);
+        // An evicted one's number may be another's by now only if that one is the newer.
+        if !self.evicted.is_cancelled() {
+            self.shared.handshakes().remove(&self.number);
+        }
+    }
+}
+
+/// A tunnel's socket, from which no more than a hello is taken before the agent is welcomed.
+struct Guarded {
+    stream: TcpStream,
+    /// What may still come; nothing limits it once the agent is welcomed.
+    left: Option<usize>,
+    connection: Arc<Connection>,
+}
+
+impl AsyncRead for Guarded {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
+        if let Some(left) = self.left {
+            let left = left.checked_sub(buffer.filled().len() - before);
+            if self.connection.welcomed.is_cancelled() {
+                self.left = None;
+            } else if left.is_none() {
+                return Poll::Ready(Err(io::Error::other("too much before the welcome")));
+            } else {
+                self.left = left;
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Guarded {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

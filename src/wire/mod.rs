@@ -69,8 +69,8 @@ impl RejectionReason {
 impl From<Vec<mux::Frame>> for AgentMessage {
     fn from(frames: Vec<mux::Frame>) -> Self {
         Self {
-            hello: None,
             frames: frames.into_iter().map(encode).collect(),
+            ..Self::default()
         }
     }
 }
@@ -78,9 +78,8 @@ impl From<Vec<mux::Frame>> for AgentMessage {
 impl From<Vec<mux::Frame>> for ServerMessage {
     fn from(frames: Vec<mux::Frame>) -> Self {
         Self {
-            welcome: None,
-            rejection: None,
             frames: frames.into_iter().map(encode).collect(),
+            ..Self::default()
         }
     }
 }
@@ -260,6 +259,14 @@ impl<T, U> Default for TunnelCodec<T, U> {
 /// What one gRPC read or write buffer starts with. They grow to the largest message seen.
 const BUFFER_BYTES: usize = 512;
 
+/// The smallest message sent, in bytes, padding included. With the five bytes that gRPC puts before
+/// it, an HTTP/2 DATA frame has 256 at least: h2 charges smaller ones to a budget of 32 KiB, and
+/// ends the connection when a burst of them uses that up, as after a stall they would.
+const SMALLEST_MESSAGE: usize = 251;
+
+/// The field `padding` of both messages, as Protocol Buffers write it: number 15, length-delimited.
+const PADDING_KEY: u8 = 15 << 3 | 2;
+
 /// When what has been encoded goes to HTTP/2.
 const YIELD_BYTES: usize = mux::BATCH_BYTES / 2;
 
@@ -290,15 +297,27 @@ where
     type Error = Status;
 
     fn encode(&mut self, item: T, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.reserve(item.encoded_len());
-        debug_assert!(buffer.remaining_mut() >= item.encoded_len());
+        let length = item.encoded_len();
+        // The padding's key and length are three bytes.
+        buffer.reserve(length.max(SMALLEST_MESSAGE) + 3);
         item.encode_raw(buffer);
-        Ok(())
+        pad(length, buffer).map_err(|error| Status::internal(error.to_string()))
     }
 
     fn buffer_settings(&self) -> BufferSettings {
         BufferSettings::new(BUFFER_BYTES, YIELD_BYTES)
     }
+}
+
+/// Fills a message of `length` bytes up to [`SMALLEST_MESSAGE`].
+fn pad(length: usize, buffer: &mut impl BufMut) -> Result<(), prost::EncodeError> {
+    let missing = SMALLEST_MESSAGE.saturating_sub(length);
+    if missing > 0 {
+        buffer.put_u8(PADDING_KEY);
+        prost::encode_length_delimiter(missing, buffer)?;
+        buffer.put_bytes(0, missing);
+    }
+    Ok(())
 }
 
 impl<T, U> Decoder for TunnelCodec<T, U>
@@ -462,6 +481,24 @@ mod tests {
             if let Ok(message) = AgentMessage::decode(&bytes[..]) {
                 message.into_frames().for_each(drop);
             }
+        }
+    }
+
+    #[test]
+    fn small_messages_are_padded() {
+        for size in [0, 1, 100, 300] {
+            let frames = vec![mux::Frame::Data {
+                id: ExchangeId::from_u64(7),
+                body: vec![b'x'; size].into(),
+                end: false,
+            }];
+            let message = AgentMessage::from(frames.clone());
+            let mut bytes = message.encode_to_vec();
+            pad(bytes.len(), &mut bytes).unwrap();
+            assert!(bytes.len() >= SMALLEST_MESSAGE && bytes.len() < size + 300);
+            let again = AgentMessage::decode(&bytes[..]).unwrap();
+            let again: Vec<_> = again.into_frames().map(Result::unwrap).collect();
+            assert_eq!(again, frames);
         }
     }
 

@@ -6,6 +6,10 @@ pub struct AgentMessage {
     pub hello: ::core::option::Option<Hello>,
     #[prost(message, repeated, tag = "2")]
     pub frames: ::prost::alloc::vec::Vec<Frame>,
+    /// Without meaning. It fills small messages up: HTTP/2 stacks take many small DATA frames for an
+    /// attack.
+    #[prost(bytes = "bytes", tag = "15")]
+    pub padding: ::prost::bytes::Bytes,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ServerMessage {
@@ -17,6 +21,9 @@ pub struct ServerMessage {
     pub rejection: ::core::option::Option<Rejection>,
     #[prost(message, repeated, tag = "3")]
     pub frames: ::prost::alloc::vec::Vec<Frame>,
+    /// As in AgentMessage.
+    #[prost(bytes = "bytes", tag = "15")]
+    pub padding: ::prost::bytes::Bytes,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Hello {

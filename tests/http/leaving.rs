@@ -269,6 +269,32 @@ fn an_early_answer_reaches_a_visitor_who_still_uploads() {
     settles(&server);
 }
 
+/// Neither does it escape a visitor who sends everything before he reads anything.
+#[test]
+fn an_early_answer_reaches_a_visitor_who_reads_late() {
+    let (server, agent) = start(|mut stream| {
+        let _ = read_head(&mut stream);
+        let _ =
+            stream.write_all(b"HTTP/1.1 413 Payload Too Large\r\nContent-Length: 7\r\n\r\ntoo big");
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = stream.read(&mut [0; 1000]);
+    });
+    for framing in ["Content-Length: 2000000", "Transfer-Encoding: chunked"] {
+        let mut visitor = connect(agent.address());
+        let head = format!("POST / HTTP/1.1\r\nHost: h\r\n{framing}\r\n\r\n");
+        visitor.write_all(head.as_bytes()).unwrap();
+        let body = pattern(2_000_000);
+        let body = match framing.starts_with('C') {
+            true => body,
+            false => crate::common::raw::chunked(&body),
+        };
+        visitor.write_all(&body).unwrap();
+        let answer = read_answer(&mut visitor, false);
+        assert_eq!((answer.status, answer.text().as_str()), (413, "too big"));
+    }
+    settles(&server);
+}
+
 /// What is left of a small body is read, and the connection is used again.
 #[test]
 fn an_early_answer_to_a_small_upload_keeps_the_connection() {

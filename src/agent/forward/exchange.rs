@@ -108,7 +108,13 @@ pub(super) async fn forward(
             // Cancelled while it waited for its turn.
             return Poll::Ready(None);
         }
-        Poll::Ready(Some(RequestBody::new(&exchange, cx)))
+        let expects = request::expects_continue(&head);
+        Poll::Ready(Some(RequestBody::new(
+            &exchange,
+            &worker.deadline,
+            expects,
+            cx,
+        )))
     });
     let Some(body) = body.await else {
         return connection;
@@ -120,6 +126,7 @@ pub(super) async fn forward(
     };
     let mut retried = false;
     loop {
+        worker.deadline.hold(false);
         worker.start_deadline();
         match attempt(worker, &mut connection, &exchange, &head, request).await {
             Attempt::Answered { reusable } => return reusable.then_some(connection),
@@ -194,6 +201,7 @@ async fn attempt(
     // the running task once more. (Nor may tokio's budget stop a look that nobody repeats.)
     let mut response = pin!(tokio::task::unconstrained(response));
     let mut body = None;
+    let mut last = (traffic.1, false);
     poll_fn(|cx| {
         let mut unwoken = Context::from_waker(Waker::noop());
         loop {
@@ -215,11 +223,18 @@ async fn attempt(
                         let traffic = (traffic, connection.traffic.now());
                         return Poll::Ready(Attempt::Broken(again(error, head, bodiless, traffic)));
                     }
-                    Poll::Pending if worker.deadline.is_over() => {
-                        exchange.abort(Reason::UpstreamTimeout);
-                        return Poll::Ready(Attempt::Ended);
+                    Poll::Pending => {
+                        // Its time runs from the last piece of the request that the service got.
+                        let now = (connection.traffic.now().1, worker.deadline.is_held());
+                        if now != last {
+                            last = now;
+                            worker.start_deadline();
+                        } else if worker.deadline.is_over() {
+                            exchange.abort(Reason::UpstreamTimeout);
+                            return Poll::Ready(Attempt::Ended);
+                        }
+                        return exchange.poll_reset(cx).map(|_| Attempt::Ended);
                     }
-                    Poll::Pending => return exchange.poll_reset(cx).map(|_| Attempt::Ended),
                 },
             };
             let mut moved = false;

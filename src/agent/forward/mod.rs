@@ -10,7 +10,7 @@ mod request;
 mod service;
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -87,14 +87,33 @@ enum Call {
 ///
 /// Relaxed throughout: it is a time, and guards no other memory.
 #[derive(Debug)]
-struct Deadline(AtomicU64);
+struct Deadline {
+    at: AtomicU64,
+    /// It can't pass, as the visitor is to send more of his body.
+    held: AtomicBool,
+}
 
 impl Deadline {
     const NONE: u64 = u64::MAX;
     const OVER: u64 = u64::MAX - 1;
 
+    fn new() -> Self {
+        Self {
+            at: AtomicU64::new(Self::NONE),
+            held: AtomicBool::new(false),
+        }
+    }
+
     fn set(&self, deadline: u64) {
-        self.0.store(deadline, Ordering::Relaxed);
+        self.at.store(deadline, Ordering::Relaxed);
+    }
+
+    fn hold(&self, held: bool) {
+        self.held.store(held, Ordering::Relaxed);
+    }
+
+    fn is_held(&self) -> bool {
+        self.held.load(Ordering::Relaxed)
     }
 
     fn clear(&self) {
@@ -102,13 +121,13 @@ impl Deadline {
     }
 
     fn is_over(&self) -> bool {
-        self.0.load(Ordering::Relaxed) == Self::OVER
+        self.at.load(Ordering::Relaxed) == Self::OVER
     }
 
     /// Notes that time is up, if it is by now and wasn't before.
     fn expire(&self, now: u64) -> bool {
-        let expired = |deadline| (deadline <= now).then_some(Self::OVER);
-        self.0
+        let expired = |deadline| (deadline <= now && !self.is_held()).then_some(Self::OVER);
+        self.at
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, expired)
             .is_ok()
     }
@@ -164,7 +183,7 @@ impl Forwarder {
             state.waiting.push_back(Waiting { task, since });
             return;
         }
-        let deadline = Arc::new(Deadline(AtomicU64::new(Deadline::NONE)));
+        let deadline = Arc::new(Deadline::new());
         let index = state.workers.insert(Entry {
             call: None,
             waker: None,
@@ -324,7 +343,8 @@ impl Worker {
         &self.shared.service
     }
 
-    /// The answer's head is to be there in `local.response_timeout` from now.
+    /// The answer's head is to be there in `local.response_timeout` from now, or from the next
+    /// piece of the request that the service gets.
     fn start_deadline(&self) {
         let limits = &self.shared.limits;
         self.deadline.set(self.shared.now() + limits.response);

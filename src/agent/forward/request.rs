@@ -1,6 +1,7 @@
 //! An exchange's request as hyper sends it.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -15,6 +16,7 @@ use crate::headers::{Direction, InvalidLines, forward_response, to_header_map, t
 use crate::link::Exchange;
 use crate::mux::{Read, Reason};
 
+use super::Deadline;
 use super::service::Service;
 
 /// A head that can't be sent. The server has checked it, so this is a server that isn't ours.
@@ -83,12 +85,23 @@ fn frame_body(headers: &mut HeaderMap, body: &RequestBody) -> Result<(), Invalid
     Ok(())
 }
 
+/// Whether the visitor sends his body only when the service says so, or after a while of his own.
+pub(super) fn expects_continue(head: &RequestHead) -> bool {
+    head.lines.iter().any(|(name, value)| {
+        name.eq_ignore_ascii_case(b"expect") && value.eq_ignore_ascii_case(b"100-continue")
+    })
+}
+
 /// Streams the visitor's body to the service; reading it returns credit to the visitor.
 pub(super) struct RequestBody {
     /// `None` for a request without a body, or once all of it has been read.
     exchange: Option<Exchange>,
     /// What was read to find out whether there is a body.
     first: Option<First>,
+    /// The service's time doesn't run while the visitor's body is awaited,
+    deadline: Option<Arc<Deadline>>,
+    /// unless he waits for the service's word to send it.
+    awaits_go_ahead: bool,
 }
 
 enum First {
@@ -102,8 +115,14 @@ enum First {
 pub(super) struct Broken(Reason);
 
 impl RequestBody {
-    /// The body of a new exchange.
-    pub(super) fn new(exchange: &Exchange, cx: &mut Context<'_>) -> Self {
+    /// The body of a new exchange. While it is awaited from the visitor, `deadline` is held,
+    /// unless he awaits the service's word to send it.
+    pub(super) fn new(
+        exchange: &Exchange,
+        deadline: &Arc<Deadline>,
+        awaits_go_ahead: bool,
+        cx: &mut Context<'_>,
+    ) -> Self {
         let (exchange, first) = match exchange.poll_read(cx) {
             Poll::Ready(Read::End(None)) => (None, None),
             Poll::Ready(Read::End(Some(lines))) => (None, Some(First::Trailers(lines))),
@@ -113,7 +132,12 @@ impl RequestBody {
                 (Some(exchange.clone()), None)
             }
         };
-        Self { exchange, first }
+        Self {
+            deadline: exchange.is_some().then(|| deadline.clone()),
+            awaits_go_ahead: awaits_go_ahead && first.is_none(),
+            exchange,
+            first,
+        }
     }
 
     /// No body.
@@ -121,6 +145,14 @@ impl RequestBody {
         Self {
             exchange: None,
             first: None,
+            deadline: None,
+            awaits_go_ahead: false,
+        }
+    }
+
+    fn hold_deadline(&self, held: bool) {
+        if let Some(deadline) = &self.deadline {
+            deadline.hold(held);
         }
     }
 }
@@ -141,7 +173,10 @@ impl Body for RequestBody {
         let Some(exchange) = &self.exchange else {
             return Poll::Ready(None);
         };
-        match exchange.poll_read(cx) {
+        let read = exchange.poll_read(cx);
+        self.awaits_go_ahead &= read.is_pending();
+        self.hold_deadline(read.is_pending() && !self.awaits_go_ahead);
+        match read {
             Poll::Ready(Read::Data(data)) => Poll::Ready(Some(Ok(Frame::data(data)))),
             Poll::Ready(Read::End(lines)) => {
                 self.exchange = None;

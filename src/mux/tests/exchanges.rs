@@ -211,7 +211,12 @@ fn an_abort_wakes_who_waits_in_the_other_direction() {
     pair.opener.send(ours, zeros(1 << 20)).unwrap();
     assert_eq!(pair.opener.capacity(ours), Ok(0));
     pair.opener.abort(ours, Reason::Cancelled);
-    assert_eq!(events(&mut pair.opener, ours), (false, true));
+    assert_eq!(events(&mut pair.opener, ours), (true, true));
+    assert_eq!(
+        pair.opener.read_head(ours),
+        HeadRead::Reset(Reason::Cancelled),
+        "without waiting for the peer's word"
+    );
     pair.opener.release(ours);
     pair.acceptor.release(theirs);
     pair.assert_empty();

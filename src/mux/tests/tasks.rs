@@ -290,9 +290,11 @@ impl World {
     /// When something happens next; none when all is done.
     fn next_time(&self) -> Option<Duration> {
         let closed = |side: &Side| side.session.poll_timeout().is_none();
-        let quiet = self.ends.iter().all(|side| {
-            (side.wire.is_empty() || self.silent) && (!side.session.wants_transmit() || self.silent)
-        });
+        let quiet = self.silent
+            || self
+                .ends
+                .iter()
+                .all(|side| side.wire.is_empty() && !side.session.wants_transmit());
         let lost = self.lost || !self.silent;
         if quiet && lost && self.timers.is_empty() && self.all_done() {
             return None;

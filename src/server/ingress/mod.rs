@@ -18,7 +18,7 @@ use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use self::visitor::Watched;
+use self::visitor::{Watched, WatchedBody};
 use super::respond::Fault;
 use super::tenancy::Tenancy;
 use super::worker::Worker;
@@ -90,6 +90,9 @@ pub(super) async fn serve(
             })
         }
         Err((fault, upload)) => {
+            if fault.closes() {
+                visit.watched.linger();
+            }
             visit.worker.metrics().failures.inc(fault.failure());
             fault.respond().map(|body| Answer {
                 source: Source::Own(Some(body)),
@@ -112,33 +115,42 @@ async fn forward(
     request: Request<Incoming>,
 ) -> Result<Forwarded, (Fault, UploadGuard)> {
     let (parts, body) = request.into_parts();
-    let (exchange, head_size) =
-        open(visit, &parts, &body).map_err(|fault| (fault, UploadGuard(None)))?;
-    let mut upload = UploadGuard(None);
-    let mut held = None;
+    let holds_back = parts.version == Version::HTTP_11 && awaits_go_ahead(&parts.headers);
+    let mut upload = UploadGuard::default();
+    let (exchange, head_size) = match open(visit, &parts, &body) {
+        Ok(opened) => opened,
+        Err(fault) => {
+            // Where the connection closes anyway, the rest of the body is left to the lingering.
+            if !body.is_end_stream() && !holds_back && !fault.closes() {
+                tokio::spawn(drain(visit.clone(), visit.watched.body(), body));
+            }
+            return Err((fault, upload));
+        }
+    };
     if !body.is_end_stream() {
         let shared = Arc::new(Upload::default());
-        upload = UploadGuard(Some(shared.clone()));
+        upload.upload = Some(shared.clone());
         let pump = Pump {
+            watched: visit.watched.body(),
             visit: visit.clone(),
             exchange: exchange.clone(),
             upload: shared,
             body,
             received: 0,
         };
-        if parts.version == Version::HTTP_11 && awaits_go_ahead(&parts.headers) {
+        if holds_back {
             // Reading the body would tell the visitor to go on, which is for the service to say.
-            visit.watched.holding_back();
-            held = Some(pump);
+            pump.watched.holding_back();
+            upload.held = Some(pump);
         } else {
             tokio::spawn(pump.run());
         }
     }
     let head = loop {
         let read = std::future::poll_fn(|cx| {
-            if held.is_some()
+            if upload.held.is_some()
                 && visit.watched.body_came_early(head_size)
-                && let Some(pump) = held.take()
+                && let Some(pump) = upload.held.take()
             {
                 // The visitor waited long enough and sends; RFC 9110, section 10.1.1 lets him.
                 tokio::spawn(pump.run());
@@ -149,7 +161,7 @@ async fn forward(
         match read {
             HeadRead::Interim(head) => {
                 if head.status == StatusCode::CONTINUE
-                    && let Some(pump) = held.take()
+                    && let Some(pump) = upload.held.take()
                 {
                     // hyper sends the 100 when the body is asked for.
                     tokio::spawn(pump.run());
@@ -165,7 +177,6 @@ async fn forward(
             HeadRead::Pending => {}
         }
     };
-    visit.watched.read_enough_if(held.is_some());
     let valid = StatusCode::from_u16(head.status)
         .ok()
         .filter(|status| !status.is_informational())
@@ -306,12 +317,18 @@ const INCOMPLETE: u8 = 2;
 const MALFORMED: u8 = 3;
 
 /// Ends the upload when the answer is complete or given up.
-struct UploadGuard(Option<Arc<Upload>>);
+#[derive(Default)]
+struct UploadGuard {
+    upload: Option<Arc<Upload>>,
+    /// The body that nobody has asked for. It is kept with the answer, unread, so that the
+    /// connection stays open for the visitor's going to be noticed.
+    held: Option<Pump>,
+}
 
 impl UploadGuard {
     /// What went wrong with the body, if that is why the exchange ended.
     fn fault(&self) -> Option<Fault> {
-        match self.0.as_ref()?.fault.load(Relaxed) {
+        match self.upload.as_ref()?.fault.load(Relaxed) {
             TOO_LARGE => Some(Fault::BodyTooLarge),
             INCOMPLETE => Some(Fault::BodyIncomplete),
             MALFORMED => Some(Fault::BodyMalformed),
@@ -322,7 +339,7 @@ impl UploadGuard {
 
 impl Drop for UploadGuard {
     fn drop(&mut self) {
-        if let Some(upload) = &self.0 {
+        if let Some(upload) = &self.upload {
             upload.done.store(true, Relaxed);
             upload.pump.wake();
         }
@@ -332,6 +349,7 @@ impl Drop for UploadGuard {
 /// Carries a request's body into the exchange, as fast as the service takes it.
 struct Pump {
     visit: Arc<Visit>,
+    watched: WatchedBody,
     exchange: Exchange,
     upload: Arc<Upload>,
     body: Incoming,
@@ -349,24 +367,24 @@ enum Pumped {
 impl Pump {
     async fn run(mut self) {
         let pumped = std::future::poll_fn(|cx| self.poll(cx)).await;
-        let Self {
-            visit,
-            exchange,
-            upload: _,
-            body,
-            ..
-        } = self;
-        if matches!(pumped, Pumped::Unwanted) {
-            exchange.abort(Reason::Cancelled);
-            drop(exchange);
-            drain(&visit, body).await;
+        match pumped {
+            Pumped::Ended => self.watched.read_enough(),
+            Pumped::Unwanted => {
+                self.exchange.abort(Reason::Cancelled);
+                drop(self.exchange);
+                if self.upload.fault.load(Relaxed) == TOO_LARGE {
+                    // The answer closes the connection.
+                    drop(self.body);
+                    self.watched.read_enough();
+                } else {
+                    drain(self.visit, self.watched, self.body).await;
+                }
+            }
         }
-        visit.watched.read_enough();
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Pumped> {
         self.upload.pump.register(cx.waker());
-        let watched = &self.visit.watched;
         loop {
             if self.upload.done.load(Relaxed) {
                 return Poll::Ready(Pumped::Unwanted);
@@ -375,11 +393,11 @@ impl Pump {
                 Poll::Ready(Ok(_)) => {}
                 Poll::Ready(Err(_)) => return Poll::Ready(Pumped::Unwanted),
                 Poll::Pending => {
-                    watched.holding_back();
+                    self.watched.holding_back();
                     return Poll::Pending;
                 }
             }
-            watched.reading(self.visit.worker.now());
+            self.watched.reading(self.visit.worker.now());
             let frame = match Pin::new(&mut self.body).poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => frame,
                 Poll::Ready(Some(Err(error))) => {
@@ -440,17 +458,20 @@ fn is_malformed(error: &hyper::Error) -> bool {
 }
 
 /// Reads the rest of a body that nobody wants, within limits; what is left closes the connection.
-async fn drain(visit: &Visit, mut body: Incoming) {
+async fn drain(visit: Arc<Visit>, watched: WatchedBody, mut body: Incoming) {
     let mut left = DRAIN_LIMIT;
     std::future::poll_fn(|cx| {
         loop {
-            visit.watched.reading(visit.worker.now());
+            watched.reading(visit.worker.now());
             match std::task::ready!(Pin::new(&mut body).poll_frame(cx)) {
                 Some(Ok(frame)) => {
                     let bytes = frame.data_ref().map_or(0, Bytes::len);
                     match left.checked_sub(bytes) {
                         Some(rest) => left = rest,
-                        None => return Poll::Ready(()),
+                        None => {
+                            visit.watched.linger();
+                            return Poll::Ready(());
+                        }
                     }
                 }
                 Some(Err(_)) | None => return Poll::Ready(()),
@@ -458,6 +479,7 @@ async fn drain(visit: &Visit, mut body: Incoming) {
         }
     })
     .await;
+    watched.read_enough();
 }
 
 impl Visit {

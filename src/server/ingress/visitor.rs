@@ -15,7 +15,7 @@ use futures_util::FutureExt;
 use futures_util::task::AtomicWaker;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tracing::debug;
 
@@ -32,6 +32,9 @@ const HEAD_SLACK: usize = 16 * 1024;
 
 /// How many header lines hyper parses beyond the limit, for the same reason.
 const LINES_SLACK: usize = 28;
+
+/// How long a visitor may go on sending what nobody wants, so that he finds the answer.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// Serves a connection on a task of its own, unless a limit says otherwise.
 pub(in crate::server) fn admit(worker: &Arc<Worker>, tenancy: &Arc<Tenancy>, accepted: Accepted) {
@@ -69,7 +72,7 @@ async fn serve(stream: TcpStream, peer: SocketAddr, place: Place) {
         peer.ip(),
     ));
     let service = service_fn(move |request| serve_request(visit.clone(), request));
-    let mut http = std::pin::pin!(builder.serve_connection(TokioIo::new(io), service));
+    let mut http = builder.serve_connection(TokioIo::new(io), service);
     let watched = &place.watched;
     let mut winding_down = false;
     let outcome = std::future::poll_fn(|cx| {
@@ -78,17 +81,35 @@ async fn serve(stream: TcpStream, peer: SocketAddr, place: Place) {
             CUT => return Poll::Ready(Ok(())),
             WIND_DOWN if !winding_down => {
                 winding_down = true;
-                http.as_mut().graceful_shutdown();
+                Pin::new(&mut http).graceful_shutdown();
             }
             _ => {}
         }
-        http.as_mut().poll(cx)
+        Pin::new(&mut http).poll(cx)
     })
     .await;
     if let Err(error) = &outcome {
         debug!(%peer, port = place.tenancy.port, %error, "visitor's connection broke");
     }
+    let malformed = outcome.as_ref().is_err_and(hyper::Error::is_parse);
+    if (malformed || watched.lingers.load(Relaxed)) && watched.order.load(Relaxed) != CUT {
+        linger(http.into_parts().io.into_inner()).await;
+    }
     place.count(outcome.err());
+}
+
+/// Lets a visitor who is still sending read the answer that made us stop listening: to close a
+/// socket with bytes unread would reset the connection, and a reset takes the answer away from him
+/// (RFC 9112, section 9.6).
+async fn linger(mut io: Metered) {
+    let finish = async {
+        io.stream.shutdown().await?;
+        let mut nowhere = [0; 16 * 1024];
+        while io.stream.read(&mut nowhere).await? > 0 {}
+        io::Result::Ok(())
+    };
+    // However it ends, there is nothing left to do.
+    let _ = tokio::time::timeout(LINGER, finish).await;
 }
 
 /// A visitor's place among the connections that are allowed, to be given back.
@@ -205,6 +226,10 @@ pub(in crate::server) struct Watched {
     unread: AtomicBool,
     /// The sweep asks for that look.
     look: AtomicBool,
+    /// The connection closes with bytes of the visitor unread.
+    lingers: AtomicBool,
+    /// Numbers the exchanges, so that a task of an earlier one can't speak for the next.
+    number: AtomicU32,
     /// The visitor sends his body without having been told to go on.
     early_body: AtomicBool,
     /// How much was read since the head began; the end of it may be the beginning of a body, or
@@ -241,6 +266,8 @@ impl Watched {
             writing_since: AtomicU32::new(0),
             unread: AtomicBool::new(false),
             look: AtomicBool::new(false),
+            lingers: AtomicBool::new(false),
+            number: AtomicU32::new(0),
             early_body: AtomicBool::new(false),
             read_with_head: AtomicU32::new(u32::MAX),
             ends_by_close: AtomicBool::new(false),
@@ -257,6 +284,8 @@ impl Watched {
     /// A request has begun.
     pub(in crate::server) fn exchange_begins(&self, now: u32) {
         self.enter(EXCHANGE, now);
+        self.number.fetch_add(1, Relaxed);
+        self.reading_since.store(0, Relaxed);
         self.early_body.store(false, Relaxed);
     }
 
@@ -271,27 +300,17 @@ impl Watched {
         self.ends_by_close.store(by_close, Relaxed);
     }
 
-    /// Bytes of a body are awaited from the visitor since `now`.
-    pub(in crate::server) fn reading(&self, now: u32) {
-        self.reading_since.store(now, Relaxed);
+    /// The connection will close though the visitor may still be sending.
+    pub(in crate::server) fn linger(&self) {
+        self.lingers.store(true, Relaxed);
     }
 
-    /// The body is complete, or nobody wants more of it.
-    pub(in crate::server) fn read_enough(&self) {
-        self.reading_since.store(0, Relaxed);
-    }
-
-    /// Nobody will read the body that was held back, if one was.
-    pub(in crate::server) fn read_enough_if(&self, held_back: bool) {
-        if held_back {
-            self.read_enough();
+    /// The body of the request that is being served.
+    pub(in crate::server) fn body(self: &Arc<Self>) -> WatchedBody {
+        WatchedBody {
+            number: self.number.load(Relaxed),
+            watched: self.clone(),
         }
-    }
-
-    /// The body isn't being read, because it can't be passed on yet.
-    pub(in crate::server) fn holding_back(&self) {
-        self.reading_since.store(0, Relaxed);
-        self.unread.store(true, Relaxed);
     }
 
     /// Whether the visitor sends a body that he was asked to hold back. `head_size` is what his
@@ -329,7 +348,7 @@ impl Watched {
     /// Has the connection end after what it is doing; at once, if it is doing nothing.
     pub(in crate::server) fn wind_down(&self) {
         match self.phase.load(Relaxed) {
-            FRESH | IDLE if self.writing_since.load(Relaxed) == 0 => self.order(CUT),
+            FRESH | HEAD | IDLE if self.writing_since.load(Relaxed) == 0 => self.order(CUT),
             _ => self.order(WIND_DOWN),
         }
     }
@@ -337,6 +356,38 @@ impl Watched {
     fn order(&self, order: u8) {
         if self.order.fetch_max(order, Relaxed) < order {
             self.task.wake();
+        }
+    }
+}
+
+/// What the task that reads a body tells of it. It may outlive its exchange by a little, and then
+/// has no say any more.
+#[derive(Debug)]
+pub(in crate::server) struct WatchedBody {
+    watched: Arc<Watched>,
+    number: u32,
+}
+
+impl WatchedBody {
+    /// Bytes of it are awaited from the visitor since `now`.
+    pub(in crate::server) fn reading(&self, now: u32) {
+        self.note(now);
+    }
+
+    /// It is complete, or nobody wants more of it.
+    pub(in crate::server) fn read_enough(&self) {
+        self.note(0);
+    }
+
+    /// It isn't being read, because it can't be passed on yet.
+    pub(in crate::server) fn holding_back(&self) {
+        self.note(0);
+        self.watched.unread.store(true, Relaxed);
+    }
+
+    fn note(&self, reading_since: u32) {
+        if self.watched.number.load(Relaxed) == self.number {
+            self.watched.reading_since.store(reading_since, Relaxed);
         }
     }
 }
@@ -403,7 +454,8 @@ impl AsyncRead for Metered {
         ready!(outcome)?;
         let read = u32::try_from(buffer.filled().len() - before).unwrap_or(u32::MAX);
         match watched.phase.load(Relaxed) {
-            FRESH | IDLE if read > 0 => {
+            // What is left of a body that nobody wants isn't the next head.
+            FRESH | IDLE if read > 0 && watched.reading_since.load(Relaxed) == 0 => {
                 watched.enter(HEAD, self.worker.now());
                 watched.read_with_head.store(read, Relaxed);
             }
