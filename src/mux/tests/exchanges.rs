@@ -343,3 +343,39 @@ fn a_reset_that_is_out_is_not_followed_by_another() {
     assert_eq!(pair.acceptor.accept(), None);
     pair.assert_empty();
 }
+
+#[test]
+fn an_upload_whose_answer_nobody_will_read_is_dropped_at_once() {
+    let mut pair = Pair::new();
+    let (ours, theirs) = pair.open(true);
+    pair.opener.send(ours, zeros(100_000)).unwrap();
+    pair.opener.finish(ours, None);
+    pair.settle();
+    // Without credit the rest can't go out, and the service doesn't read.
+    pair.opener.release(ours);
+    pair.settle();
+    assert_eq!(pair.acceptor.stopped(theirs), Some(Reason::Cancelled));
+    assert_eq!(pair.opener.len(), 0, "the slot is free again");
+    pair.acceptor.release(theirs);
+    pair.assert_empty();
+}
+
+/// Who waits for the peer to stop, and not for capacity, is woken as well.
+#[test]
+fn a_refused_answer_wakes_who_waits_for_the_peer_to_stop() {
+    let limit = 2 * RESERVED_WINDOW as usize + 1000;
+    let mut pair = Pair::with(config(), budget(limit), budget(PLENTY));
+    let (ours, theirs) = pair.open(true);
+    assert_eq!(pair.opener.stopped(ours), None);
+    let head = ResponseHead {
+        status: 200,
+        lines: big_lines(2000),
+    };
+    pair.acceptor.answer(theirs, head);
+    pair.settle();
+    assert_eq!(events(&mut pair.opener, ours), (true, true));
+    assert_eq!(pair.opener.stopped(ours), Some(Reason::Overloaded));
+    pair.opener.release(ours);
+    pair.acceptor.release(theirs);
+    pair.assert_empty();
+}
