@@ -51,21 +51,11 @@ fn ten_thousand_requests_wait_for_one_agent() {
 }
 
 /// One process with `count` agents is killed while each has a request in flight.
-///
-/// What must come of it is asserted each time. How soon is asserted of the best of three times:
-/// a machine that does something else as well can only make it later.
 fn agents_vanish(count: u16) {
     let _alone = alone();
-    let mut late = Vec::new();
-    while late.len() < 3 {
-        let aftermath = kill_agents(count);
-        eprintln!("{count} agents vanished: {aftermath:?}");
-        if aftermath.is_in_time() {
-            return;
-        }
-        late.push(aftermath);
-    }
-    panic!("too late each time: {late:#?}");
+    let aftermath = kill_agents(count);
+    eprintln!("{count} agents vanished: {aftermath:?}");
+    assert!(aftermath.is_in_time(), "too late: {aftermath:?}");
 }
 
 /// How long things took after the agents' process was gone.
@@ -82,14 +72,14 @@ struct Aftermath {
 
 impl Aftermath {
     fn is_in_time(&self) -> bool {
-        // A thousand sessions' ends are a second of work for a core if nothing is optimized.
-        let answered = if cfg!(debug_assertions) { 2 } else { 1 };
-        self.answered < Duration::from_secs(answered)
-            && self.closed < Duration::from_secs(2)
-            && self.median_poll < Duration::from_millis(50)
-            // Unoptimized, and with as many busy threads as this test has, a poll that nothing
-            // holds up may still wait for its turns on the cores.
-            && self.slowest_poll < Duration::from_millis(250)
+        // What is asked for is 1 s, 2 s and 50 ms. If nothing is optimized, a thousand sessions'
+        // ends are nearly a second of work for a core, and a poll that nothing holds up may still
+        // wait for its turns on cores that this test keeps busy.
+        let factor = if cfg!(debug_assertions) { 3 } else { 1 };
+        self.answered < Duration::from_secs(1) * factor
+            && self.closed < Duration::from_secs(2) * factor
+            && self.median_poll < Duration::from_millis(50) * factor
+            && self.slowest_poll < Duration::from_millis(250) * factor
     }
 }
 
