@@ -11,8 +11,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use prost::Message as _;
 use silo_proxy::head::{Lines, LinesBuilder, RequestHead, ResponseHead};
+use silo_proxy::id::ExchangeId;
 use silo_proxy::mux::{BATCH_BYTES, Budget, Config, Frame, HeadRead, Key, Pool, Read, Session};
+use silo_proxy::wire::{AgentMessage, Frames as _};
 
 const NOW: Duration = Duration::ZERO;
 
@@ -203,12 +206,44 @@ fn bulk(c: &mut Criterion) {
     group.finish();
 }
 
+/// Frames as messages: what the wire adds to the core. 64 small answers travel in one message.
+fn frames(c: &mut Criterion) {
+    const COUNT: u32 = 64;
+    let Answer { head, body } = answer();
+    let batch: Vec<Frame> = (0..COUNT)
+        .map(|slot| Frame::Answer {
+            id: ExchangeId {
+                slot,
+                generation: 7,
+            },
+            head: head.clone(),
+            body: body.clone(),
+            end: true,
+        })
+        .collect();
+    let encoded = Bytes::from(AgentMessage::from(batch.clone()).encode_to_vec());
+    let mut group = c.benchmark_group("mux/frames");
+    group.throughput(Throughput::Elements(COUNT.into()));
+    group.bench_function("encode", |b| {
+        b.iter(|| AgentMessage::from(black_box(batch.clone())).encode_to_vec());
+    });
+    group.bench_function("decode", |b| {
+        b.iter(|| {
+            let message = AgentMessage::decode(black_box(encoded.clone())).unwrap();
+            message.into_frames().map(Result::unwrap).for_each(|frame| {
+                black_box(frame);
+            });
+        });
+    });
+    group.finish();
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default()
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(3))
         .sample_size(30);
-    targets = pair, bulk
+    targets = frames, pair, bulk
 }
 criterion_main!(benches);

@@ -23,8 +23,8 @@ use common::raw::{
     read_to_close, send, settles, take,
 };
 use common::{
-    Answer, PATIENCE, Server, connect, eventually, port_range, read_answer, read_head, service,
-    text_service, try_read_answer,
+    Answer, PATIENCE, Server, connect, eventually, get, port_range, read_answer, read_head,
+    service, text_service, try_read_answer,
 };
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: h\r\n\r\n";
@@ -998,4 +998,44 @@ fn a_visitor_who_takes_nothing() {
     counts(&server, "visitor_left", 1.0);
     meanwhile.end();
     drop(visitor);
+}
+
+#[test]
+fn who_never_says_hello_keeps_no_agent_out() {
+    let server = Server::with(
+        port_range(4),
+        &[("grpc.max_handshakes", "2"), ("server.workers", "1")],
+    );
+    let mut silent: Vec<_> = (0..3).map(|_| connect(server.tunnel)).collect();
+    let agent = server.agent("a", text_service("here"));
+    assert_eq!(get(agent.address(), "/").text(), "here");
+    // Two places for four: the two that waited longest had to go.
+    for stream in &mut silent[..2] {
+        read_to_close(stream);
+    }
+    eventually(PATIENCE, "the evicted are counted", || {
+        server.metric("silo_handshakes_failed_total", "limit") >= 2.0
+    });
+}
+
+#[test]
+fn nobody_is_heard_out_before_the_welcome() {
+    let server = Server::start();
+    let mut stream = connect(server.tunnel);
+    stream
+        .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        .unwrap();
+    // An empty SETTINGS frame, and PING frames without an end (RFC 9113, sections 6.5 and 6.7).
+    stream.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).unwrap();
+    let ping = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+    let mut sent = 0;
+    while sent < 1 << 20 && stream.write_all(&ping).is_ok() {
+        sent += ping.len();
+    }
+    read_to_close(&mut stream);
+    eventually(PATIENCE, "the failure is counted", || {
+        server.metric("silo_handshakes_failed_total", "protocol") >= 1.0
+    });
+    let agent = server.agent("a", text_service("here"));
+    assert_eq!(get(agent.address(), "/").text(), "here");
 }
