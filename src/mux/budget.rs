@@ -53,8 +53,9 @@ pub struct Budget {
     taken: usize,
 }
 
-/// How much a tunnel takes from the pool at a time.
-const BLOCK: usize = 256 * 1024;
+/// How much a tunnel takes from the pool at a time: about what one request promises, so that ten
+/// thousand tunnels with a request each don't hold more of the pool than they need.
+const BLOCK: usize = 32 * 1024;
 
 /// A loan is at most this part of what is free.
 const LOAN_DIVISOR: usize = 8;

@@ -242,7 +242,8 @@ pub struct Trailers {
     #[prost(bytes = "bytes", tag = "1")]
     pub lines: ::prost::bytes::Bytes,
 }
-/// Ends the sender's side early. Who hasn't ended yet answers with a Reset.
+/// Ends the sender's side early. Who hasn't ended yet answers with a Reset. After the sender's own
+/// end it says that no more of the other side is wanted.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Reset {
     /// 1 cancelled, 2 tunnel lost, 3 draining, 4 upstream refused, 5 upstream error,

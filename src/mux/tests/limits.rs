@@ -177,13 +177,14 @@ fn interim_answers_are_paid_for() {
 
 #[test]
 fn a_spent_budget_refuses_exchanges_and_takes_them_again() {
-    let limit = 10 * (2 * RESERVED_WINDOW as usize + 1000);
+    let ten = |each: usize| 10 * (2 * RESERVED_WINDOW as usize + each);
     // Here at the opener, there at the acceptor, who has to tell it by a reset.
     for here in [true, false] {
         let (opener, acceptor) = if here {
-            (limit, PLENTY)
+            // The opener lends some 42 KiB to the first few for their answers.
+            (ten(5000), PLENTY)
         } else {
-            (PLENTY, limit)
+            (PLENTY, ten(1000))
         };
         let mut pair = Pair::with(config(), budget(opener), budget(acceptor));
         let mut keys = Vec::new();
