@@ -95,11 +95,6 @@ impl Lines {
     pub fn share(&self, part: &[u8]) -> Bytes {
         self.0.slice_ref(part)
     }
-
-    /// The same lines in memory of their own, so that no larger buffer is kept alive.
-    pub fn unshare(&self) -> Self {
-        Self(Bytes::copy_from_slice(&self.0))
-    }
 }
 
 /// Iterates over the lines of [`Lines`].

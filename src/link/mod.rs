@@ -274,11 +274,6 @@ impl Link {
         wakers.wake();
     }
 
-    /// Whether the tunnel has ended.
-    pub fn is_closed(&self) -> bool {
-        self.lock().closed
-    }
-
     /// The exchanges that hold a slot now.
     pub fn exchanges(&self) -> usize {
         self.lock().session.len()
