@@ -494,6 +494,30 @@ fn what_an_agent_must_be_told_is_told() {
 }
 
 #[test]
+fn labels_are_short_and_few() {
+    let told = "grpc: {server_address: a, agent_id: a}\nlocal: {service_url: 'http://a'}\n";
+    let labels = |labels: String| agent(&format!("{told}agent: {{labels: {labels}}}"));
+    let config = labels("{site: Zürich, rack: 7}".to_owned()).unwrap();
+    let shown: Vec<_> = config.agent.labels.iter().collect();
+    assert_eq!(
+        format!("{shown:?}"),
+        r#"[("rack", "7"), ("site", "Zürich")]"#
+    );
+
+    for wrong in ["{a: ''}", r#"{a: "b\u0007"}"#, r#"{"a\n": b}"#] {
+        assert!(fault(labels(wrong.to_owned())).contains("expected 1 to 128 bytes"));
+    }
+    let many = |count: usize| {
+        let pairs: Vec<String> = (0..count).map(|index| format!("l{index}: x")).collect();
+        format!("{{{}}}", pairs.join(", "))
+    };
+    assert!(labels(many(32)).is_ok());
+    assert!(fault(labels(many(33))).contains("agent.labels has more than 32 labels"));
+    assert!(labels(format!("{{a: {}}}", "x".repeat(128))).is_ok());
+    assert!(labels(format!("{{a: {}}}", "x".repeat(129))).is_err());
+}
+
+#[test]
 fn tls_to_a_service_is_for_https() {
     for yaml in [
         "local: {service_url: 'http://a', tls: {insecure: true}}",

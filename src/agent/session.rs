@@ -213,6 +213,7 @@ fn hello(agent: &Agent, last_port: u16) -> Hello {
             .unwrap_or_default(),
         instance: agent.instance.to_vec().into(),
         software: concat!("silo-proxy/", env!("CARGO_PKG_VERSION")).into(),
+        labels: agent.shared.config.agent.labels.clone(),
         last_port: last_port.into(),
         ..Hello::default()
     }

@@ -111,6 +111,8 @@ pub enum Kind {
     Secret,
     /// Agent ids with a credential each; may come from a file.
     Tokens,
+    /// Names with a text each.
+    Labels,
     /// Agent ids with a port each.
     Ports,
     /// Addresses and blocks of addresses.
@@ -546,6 +548,13 @@ static AGENT: &[Setting] = &[
         "false",
         "Take any certificate of an `https` service. Whoever can answer in its place then reads everything.",
     ),
+    unset(
+        "agent.labels",
+        Kind::Labels,
+        "none",
+        "{site: zurich, owner: ops}",
+        "What the agent says of itself; `GET /agents` shows it. At most 32, names and values of at most 128 bytes.",
+    ),
     grace("agent.grace"),
 ];
 
@@ -690,6 +699,7 @@ impl fmt::Display for Kind {
             }
             Self::Secret => f.write_str("text"),
             Self::Tokens => f.write_str("ID: TOKEN pairs"),
+            Self::Labels => f.write_str("NAME: TEXT pairs"),
             Self::Ports => f.write_str("ID: PORT pairs"),
             Self::Networks => f.write_str("list of addresses and blocks"),
             Self::Certificates => f.write_str("file name"),
