@@ -119,6 +119,10 @@ pub enum Kind {
     Networks,
     /// A file of certificates.
     Certificates,
+    /// The name of a file.
+    File,
+    /// One of these words.
+    Word(&'static [&'static str]),
     /// Documented, but not in this version: refused with everything below it.
     NotBuilt,
 }
@@ -414,9 +418,38 @@ static SERVER: &[Setting] = &[
         "{agent-1: change-me, agent-2: change-me-too}",
         "Credentials bound to one agent id each. Such an id takes no other, the shared one included.",
     ),
-    not_built(
-        "grpc.tls",
-        "TLS on the tunnel port, with client certificates.",
+    setting(
+        "grpc.tls.enabled",
+        Kind::Flag,
+        "false",
+        "TLS on the tunnel port (1.2 or 1.3). `silo-proxy certs` makes a private authority and certificates. Agents' ports stay plain HTTP.",
+    ),
+    unset(
+        "grpc.tls.cert_file",
+        Kind::File,
+        "none; needed with `enabled`",
+        "server.pem",
+        "PEM file with the server's certificate and those between it and the authority. Read again when it, the key or the authorities change; tunnels go on.",
+    ),
+    unset(
+        "grpc.tls.key_file",
+        Kind::File,
+        "none; needed with `enabled`",
+        "server.key",
+        "PEM file with the certificate's key.",
+    ),
+    unset(
+        "grpc.tls.ca_file",
+        Kind::File,
+        "none",
+        "ca.pem",
+        "PEM file with the authorities that sign agents' certificates. Use a private one: whoever it signs for gets in.",
+    ),
+    setting(
+        "grpc.tls.client_auth",
+        Kind::Word(&["none", "request", "require"]),
+        "none",
+        "Agents' certificates: `none` asks for none; with `request` one is a credential for the ids it names (a dNSName equal to the id, or the URI `silo:agent:ID`), as good as a token; `require` wants one of every agent, and the token too where `grpc.auth` is set.",
     ),
     setting(
         "grpc.handshake_timeout",
@@ -485,7 +518,40 @@ static AGENT: &[Setting] = &[
         "change-me",
         "The credential for that id, as the server's `grpc.auth` has it. Not needed on the server's own host while the server has none.",
     ),
-    not_built("grpc.tls", "TLS to the server, with a client certificate."),
+    setting(
+        "grpc.tls.enabled",
+        Kind::Flag,
+        "false",
+        "TLS to the server, whose certificate is checked.",
+    ),
+    unset(
+        "grpc.tls.ca_file",
+        Kind::File,
+        "the system's certificates",
+        "ca.pem",
+        "PEM file with the only authorities that may sign the server's certificate. It and the next two are read again at a reconnect when they have changed.",
+    ),
+    unset(
+        "grpc.tls.cert_file",
+        Kind::File,
+        "none",
+        "agent-1.pem",
+        "PEM file with this agent's certificate, for a server that asks for one.",
+    ),
+    unset(
+        "grpc.tls.key_file",
+        Kind::File,
+        "none; needed with `cert_file`",
+        "agent-1.key",
+        "PEM file with the certificate's key.",
+    ),
+    unset(
+        "grpc.tls.server_name",
+        Kind::Host,
+        "the host of `grpc.server_address`",
+        "proxy.example.com",
+        "The name that the server's certificate must bear.",
+    ),
     setting(
         "grpc.heartbeat_timeout",
         time(),
@@ -702,7 +768,11 @@ impl fmt::Display for Kind {
             Self::Labels => f.write_str("NAME: TEXT pairs"),
             Self::Ports => f.write_str("ID: PORT pairs"),
             Self::Networks => f.write_str("list of addresses and blocks"),
-            Self::Certificates => f.write_str("file name"),
+            Self::Certificates | Self::File => f.write_str("file name"),
+            Self::Word(words) => match words {
+                [first @ .., last] => write!(f, "`{}` or `{last}`", first.join("`, `")),
+                [] => Ok(()),
+            },
             Self::NotBuilt => f.write_str("not built yet: refused"),
         }
     }

@@ -19,12 +19,13 @@ mod tenancy;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc as mpsc_std};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
 use thiserror::Error;
@@ -41,6 +42,7 @@ use crate::headers::RequestIds;
 use crate::metrics::{Metrics, Refusal};
 use crate::mux::Pool;
 use crate::net::acceptor::{Accepted, Acceptor, AcceptorHandle, Command, Listener, Sink};
+use crate::net::tls::{ServerTls, TlsFault};
 use crate::ports::PinError;
 
 /// Under this number the accept task knows the tunnel port.
@@ -48,6 +50,12 @@ const TUNNEL_LISTENER: u64 = 0;
 
 /// How often a draining server looks whether everything has come to rest.
 const REST_INTERVAL: Duration = Duration::from_millis(10);
+
+/// How often the files of `grpc.tls` are looked at: a few system calls.
+const CERTIFICATES_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How often a certificate that is about to expire is spoken of.
+const WARNING_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Why a server could not be started.
 #[derive(Debug, Error)]
@@ -65,6 +73,9 @@ pub enum StartError {
     /// The pinned ports contradict each other or the server's own.
     #[error("http.static_ports: {0}")]
     Pins(#[from] PinError),
+    /// The files of `grpc.tls` can't be used.
+    #[error(transparent)]
+    Tls(#[from] TlsFault),
     /// A thread or its runtime could not be set up.
     #[error("cannot start: {0}")]
     Threads(#[from] io::Error),
@@ -80,13 +91,18 @@ pub struct Server {
     workers: Vec<Arc<Worker>>,
     stop_workers: CancellationToken,
     stop_admin: CancellationToken,
+    /// Dropped to end the thread that looks at the certificates' files.
+    _stop_looking: Option<mpsc_std::SyncSender<Infallible>>,
     threads: Vec<JoinHandle<()>>,
     admin: Admin,
 }
 
 impl Server {
-    /// Binds the admin and the tunnel port, and starts the threads. It serves when this returns.
+    /// Reads the certificates, binds the admin and the tunnel port, and starts the threads. It
+    /// serves when this returns.
     pub fn start(config: ServerConfig) -> Result<Self, StartError> {
+        let tls = config.grpc.tls.as_ref().map(ServerTls::load).transpose()?;
+        let tls = tls.map(Arc::new);
         let admin_listener = listen(config.http.host, config.http.port, "http.port")?;
         let tunnel_listener = listen(config.grpc.host, config.grpc.port, "grpc.port")?;
         let admin_address = admin_listener.local_addr()?;
@@ -104,6 +120,7 @@ impl Server {
         let registry = Registry::new(&config, reserved, directory.clone(), metrics.clone())?;
         let shared = Arc::new(Shared {
             pool: Pool::new(config.server.max_buffered),
+            tls: tls.clone(),
             visitors: AtomicUsize::new(0),
             addresses: config
                 .http
@@ -172,6 +189,9 @@ impl Server {
                 }
             })?);
         }
+        let looking = tls.map(look_at_certificates).transpose()?;
+        let (stop_looking, looking) = looking.unzip();
+        threads.extend(looking);
         let state = AdminState {
             directory,
             metrics,
@@ -203,6 +223,7 @@ impl Server {
             workers,
             stop_workers,
             stop_admin,
+            _stop_looking: stop_looking,
             threads,
             admin,
         })
@@ -216,6 +237,11 @@ impl Server {
     /// The tunnel port.
     pub fn tunnel_address(&self) -> SocketAddr {
         self.tunnel_address
+    }
+
+    /// TLS on the tunnel port, if it has any: to have the certificates read again.
+    pub fn tls(&self) -> Option<&Arc<ServerTls>> {
+        self.shared.tls.as_ref()
     }
 
     /// The counters.
@@ -266,7 +292,13 @@ impl Server {
         self.acceptor.shutdown();
         self.stop_workers.cancel();
         self.stop_admin.cancel();
-        let Self { threads, admin, .. } = self;
+        let Self {
+            threads,
+            admin,
+            _stop_looking,
+            ..
+        } = self;
+        drop(_stop_looking);
         let joined = tokio::task::spawn_blocking(move || {
             for thread in threads {
                 if thread.join().is_err() {
@@ -361,6 +393,36 @@ fn request_ids() -> io::Result<RequestIds> {
     let mut seed = [0; 16];
     getrandom::fill(&mut seed).map_err(io::Error::other)?;
     Ok(RequestIds::new(seed))
+}
+
+/// Says what is to be said of the certificates' time, now and once a day, and has the files read
+/// again when they have changed: on a thread of its own, since files can be slow. It ends when the
+/// sender is dropped.
+fn look_at_certificates(
+    tls: Arc<ServerTls>,
+) -> io::Result<(mpsc_std::SyncSender<Infallible>, JoinHandle<()>)> {
+    let warn_of_expiry = |tls: &ServerTls| {
+        for warning in tls.warnings(SystemTime::now()) {
+            warn!("{warning}");
+        }
+    };
+    warn_of_expiry(&tls);
+    let (stop, stopped) = mpsc_std::sync_channel(0);
+    let thread = std::thread::Builder::new()
+        .name("silo-certificates".into())
+        .spawn(move || {
+            let mut warned = Instant::now();
+            while let Err(mpsc_std::RecvTimeoutError::Timeout) =
+                stopped.recv_timeout(CERTIFICATES_INTERVAL)
+            {
+                tls.look();
+                if warned.elapsed() >= WARNING_INTERVAL {
+                    warned = Instant::now();
+                    warn_of_expiry(&tls);
+                }
+            }
+        })?;
+    Ok((stop, thread))
 }
 
 /// Runs a future on a thread and one-thread runtime of its own. When it ends, so do the tasks it
