@@ -524,7 +524,7 @@ fn a_server_that_is_not_accepted_is_left_alone() {
             ["it expired on 20", "give the server a new certificate"],
         ),
     ] {
-        let own = authority.sign(name, wanted);
+        let own = authority.sign("server", wanted);
         let server = server_with(&own, &[]);
         let parts = [&["no tunnel", "certificate is not accepted"][..], &parts].concat();
         let _agent = turned_away(&server, "a", &agent_settings(&ca, None), &parts);
@@ -564,6 +564,7 @@ fn files_that_cannot_be_used_are_faults_of_the_configuration() {
         ),
         (&certificate, &other_key, &ca, "doesn't fit the certificate"),
         (&certificate, &key, &key, "grpc.tls.ca_file: "),
+        (&certificate, &key, &certificate, "can't sign others"),
     ] {
         let settings = [
             ("SILO_GRPC_TLS_ENABLED", "true"),

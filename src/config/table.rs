@@ -396,7 +396,7 @@ static SERVER: &[Setting] = &[
         "grpc.host",
         Kind::Address,
         "::",
-        "Address of the tunnel port. `::` is every address, IPv4 included; without a credential in `grpc.auth`, agents on other hosts are rejected all the same.",
+        "Address of the tunnel port. `::` is every address, IPv4 included; without a credential in `grpc.auth` or `grpc.tls.client_auth`, agents on other hosts are rejected all the same.",
     ),
     setting(
         "grpc.port",
@@ -516,7 +516,7 @@ static AGENT: &[Setting] = &[
         Kind::Secret,
         "none",
         "change-me",
-        "The credential for that id, as the server's `grpc.auth` has it. Not needed on the server's own host while the server has none.",
+        "The credential for that id, as the server's `grpc.auth` has it. Not needed on the server's own host while the server has none. Without `grpc.tls` it goes in clear.",
     ),
     setting(
         "grpc.tls.enabled",

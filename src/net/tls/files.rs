@@ -47,6 +47,20 @@ pub enum TlsFault {
         /// The file.
         file: PathBuf,
     },
+    /// A certificate is there, but it is nobody's authority.
+    #[error(
+        "{setting}: the certificate of {subject} in {} can't sign others: name the file of the \
+         authority that has signed it",
+        file.display()
+    )]
+    NoAuthority {
+        /// The setting that names the file.
+        setting: &'static str,
+        /// The file.
+        file: PathBuf,
+        /// Whom the certificate is for.
+        subject: String,
+    },
     /// There is no PEM block with a private key in it, or one that isn't understood.
     #[error(
         "{setting}: {} holds no usable private key: a PEM file with an unencrypted PKCS#8, SEC1 or \
@@ -122,6 +136,8 @@ pub struct CertificateInfo {
     pub subject: String,
     /// Who has signed it.
     pub issuer: String,
+    /// Whether it may sign others: it says so (RFC 5280, section 4.2.1.9), or has signed itself.
+    pub is_authority: bool,
     /// Its dNSNames and IP addresses (RFC 5280, section 4.2.1.6).
     pub hosts: Vec<String>,
     /// Its URIs.
@@ -153,6 +169,7 @@ impl CertificateInfo {
         }
         let validity = parsed.validity();
         Some(Self {
+            is_authority: parsed.is_ca() || parsed.subject() == parsed.issuer(),
             subject: parsed.subject().to_string(),
             issuer: parsed.issuer().to_string(),
             hosts,
@@ -296,7 +313,7 @@ pub(super) const CERT_FILE: &str = "grpc.tls.cert_file";
 pub(super) const KEY_FILE: &str = "grpc.tls.key_file";
 
 impl Identity {
-    /// Reads both files and sees whether they fit. Whether the certificate is valid now isn't
+    /// Reads both files, and sees whether they belong together. Whether the certificate is valid now isn't
     /// looked at.
     pub(super) fn load(
         certificate: &Path,
@@ -356,6 +373,15 @@ pub(super) fn authorities_in(
 ) -> Result<RootCertStore, TlsFault> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(setting, file, pem)? {
+        if let Some(info) = CertificateInfo::read(&certificate)
+            && !info.is_authority
+        {
+            return Err(TlsFault::NoAuthority {
+                setting,
+                file: file.to_owned(),
+                subject: info.subject,
+            });
+        }
         roots
             .add(certificate)
             .map_err(|_| TlsFault::NoCertificate {
