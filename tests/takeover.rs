@@ -88,12 +88,9 @@ fn of_a_storm_of_sessions_the_last_stays_and_the_port_is_never_closed() {
 #[ignore = "watches two agents for 80 s, and waits another 40 s"]
 fn two_rivals_settle() {
     let server = Server::with(port_range(10), &[]);
-    let mut processes = [
-        server.agent("agent-1", text_service("one")).process,
-        server.agent("agent-1", text_service("two")).process,
-    ];
-    let (since, port) = (Instant::now(), server.agents()[0].1);
-    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    let agents = ["one", "two"].map(|text| server.agent("agent-1", text_service(text)));
+    let (since, address) = (Instant::now(), agents[0].address());
+    let mut processes = agents.map(|agent| agent.process);
     processes[0].wait_for(&["rejected", "reason=replaced"]);
     while since.elapsed() < Duration::from_secs(80) {
         assert_eq!(get(address, "/").text(), "two");
@@ -146,7 +143,11 @@ fn a_reconnect_is_no_rival() {
         (answer.status, answer.header("x-silo-error").concat()),
         (502, "tunnel_lost".to_owned())
     );
-    assert!(cut.elapsed() < Duration::from_secs(5), "{:?}", cut.elapsed());
+    assert!(
+        cut.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        cut.elapsed()
+    );
     // Same port, never closed; the visitor's connection has gone over to the new session.
     kept.write_all(GET).unwrap();
     assert_eq!(read_answer(&mut kept, false).text(), "served");

@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -15,8 +16,14 @@ pub struct Relay {
 struct State {
     target: SocketAddr,
     came: Vec<Instant>,
-    /// The two ends of each connection that was relayed: the client's and the target's.
-    open: Vec<(TcpStream, TcpStream)>,
+    open: Vec<Relayed>,
+}
+
+struct Relayed {
+    client: TcpStream,
+    target: TcpStream,
+    /// The end of one is not passed on to the other.
+    silent: Arc<AtomicBool>,
 }
 
 impl Relay {
@@ -39,9 +46,14 @@ impl Relay {
                     for stream in [&client, &target] {
                         stream.set_nodelay(true).unwrap();
                     }
-                    copy(&client, &target);
-                    copy(&target, &client);
-                    state.open.push((client, target));
+                    let silent = Arc::new(AtomicBool::new(false));
+                    copy(&client, &target, silent.clone());
+                    copy(&target, &client, silent.clone());
+                    state.open.push(Relayed {
+                        client,
+                        target,
+                        silent,
+                    });
                 }
             }
         });
@@ -55,9 +67,9 @@ impl Relay {
 
     /// Breaks every connection.
     pub fn cut(&self) {
-        for (client, target) in self.state.lock().unwrap().open.drain(..) {
-            let _ = client.shutdown(Shutdown::Both);
-            let _ = target.shutdown(Shutdown::Both);
+        for relayed in self.state.lock().unwrap().open.drain(..) {
+            let _ = relayed.client.shutdown(Shutdown::Both);
+            let _ = relayed.target.shutdown(Shutdown::Both);
         }
     }
 
@@ -66,23 +78,27 @@ impl Relay {
     pub fn cut_clients(&self) -> Vec<TcpStream> {
         let open = std::mem::take(&mut self.state.lock().unwrap().open);
         open.into_iter()
-            .map(|(client, target)| {
-                let _ = client.shutdown(Shutdown::Both);
-                target
+            .map(|relayed| {
+                relayed.silent.store(true, Ordering::Relaxed);
+                let _ = relayed.client.shutdown(Shutdown::Both);
+                relayed.target
             })
             .collect()
     }
 }
 
-/// Copies until one of the two breaks, and leaves both open then.
-fn copy(from: &TcpStream, to: &TcpStream) {
+/// Copies until one of the two ends, and ends the other one then.
+fn copy(from: &TcpStream, to: &TcpStream, silent: Arc<AtomicBool>) {
     let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
     std::thread::spawn(move || {
         let mut buffer = vec![0; 64 * 1024];
-        while let Ok(count) = from.read(&mut buffer) {
-            if count == 0 || to.write_all(&buffer[..count]).is_err() {
-                return;
+        while let Ok(count @ 1..) = from.read(&mut buffer) {
+            if to.write_all(&buffer[..count]).is_err() {
+                break;
             }
+        }
+        if !silent.load(Ordering::Relaxed) {
+            let _ = to.shutdown(Shutdown::Both);
         }
     });
 }
