@@ -22,7 +22,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 use serde::Deserialize;
@@ -43,6 +43,9 @@ const MAX_BYTES: u64 = 16 * 1024 * 1024;
 
 /// How many files that weren't ours are kept; the last one's place is used again and again.
 const SET_ASIDE: u32 = 9;
+
+/// The end of the year 9999, since 1970.
+const LAST_SECOND: Duration = Duration::from_secs(253_402_300_799);
 
 /// In the file, so that nobody's other file is taken for one of ours.
 const NAME: &str = "silo-proxy ports";
@@ -77,7 +80,7 @@ pub(super) struct Moment {
 
 impl Moment {
     /// When `until` will be on the calendar.
-    fn to_calendar(self, until: Duration) -> SystemTime {
+    fn calendar_at(self, until: Duration) -> SystemTime {
         self.calendar
             .checked_add(until.saturating_sub(self.here))
             .unwrap_or(self.calendar)
@@ -85,7 +88,7 @@ impl Moment {
 
     /// When `until` will be here; what is over is over now. If somebody has moved the calendar's
     /// clock meanwhile, this is as wrong as that: it is for the allocator to bound it.
-    fn from_calendar(self, until: SystemTime) -> Duration {
+    fn here_at(self, until: SystemTime) -> Duration {
         let left = until.duration_since(self.calendar).unwrap_or_default();
         self.here.saturating_add(left)
     }
@@ -373,7 +376,7 @@ fn parse(text: &str, now: Moment) -> Result<Memory, Fault> {
                 let until = entry.until.ok_or_else(|| damaged("a lease without end"))?;
                 let until = humantime::parse_rfc3339(&until).map_err(damaged)?;
                 Claim::Leased {
-                    until: now.from_calendar(until),
+                    until: now.here_at(until),
                 }
             }
         };
@@ -390,7 +393,7 @@ fn parse(text: &str, now: Moment) -> Result<Memory, Fault> {
 }
 
 fn format(ports: &[Remembered], now: Moment) -> String {
-    let written = humantime::format_rfc3339_millis(now.calendar);
+    let written = rfc3339(now.calendar);
     let mut text = format!(
         "{{\"name\": \"{NAME}\", \"version\": {VERSION}, \"written\": \"{written}\", \"ports\": ["
     );
@@ -408,13 +411,21 @@ fn format(ports: &[Remembered], now: Moment) -> String {
             "{comma}\n{{\"port\": {port}, \"agent\": \"{agent}\", \"state\": \"{state}\""
         );
         if let Claim::Leased { until } = claim {
-            let until = humantime::format_rfc3339_millis(now.to_calendar(*until));
+            let until = rfc3339(now.calendar_at(*until));
             let _ = write!(text, ", \"until\": \"{until}\"");
         }
         text.push('}');
     }
     text.push_str("\n]}\n");
     text
+}
+
+/// A time as RFC 3339 writes it. A clock that stands outside of what can be written, before 1970
+/// or after 9999, counts as standing at 1970.
+fn rfc3339(time: SystemTime) -> String {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let writable = Some(since).filter(|since| *since < LAST_SECOND);
+    humantime::format_rfc3339_millis(UNIX_EPOCH + writable.unwrap_or_default()).to_string()
 }
 
 /// The name with something added at its end.
@@ -433,19 +444,13 @@ fn unusable(path: &Path) -> impl FnOnce(io::Error) -> StateFileError {
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
     use std::sync::Arc;
-    use std::time::UNIX_EPOCH;
 
     use super::*;
 
-    const NOW: Moment = Moment {
-        here: Duration::from_secs(100),
-        calendar: UNIX_EPOCH,
-    };
-
     fn now() -> Moment {
         Moment {
+            here: Duration::from_secs(100),
             calendar: UNIX_EPOCH + Duration::from_secs(1_700_000_000),
-            ..NOW
         }
     }
 
@@ -507,6 +512,20 @@ mod tests {
             ..now()
         };
         assert_eq!(parse(&text, earlier).unwrap().ports.len(), 3);
+    }
+
+    #[test]
+    fn a_clock_far_off_does_no_harm() {
+        let centuries = |count: u32| count * Duration::from_secs(36_525 * 86_400);
+        for calendar in [
+            UNIX_EPOCH - Duration::from_secs(1),
+            UNIX_EPOCH - centuries(10),
+            UNIX_EPOCH + centuries(100),
+        ] {
+            let here = Duration::ZERO;
+            let text = format(&some(), Moment { here, calendar });
+            assert_eq!(parse(&text, now()).unwrap().ports.len(), 3, "{text}");
+        }
     }
 
     #[test]
