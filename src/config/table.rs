@@ -68,6 +68,8 @@ pub enum Preset {
 pub enum Kind {
     /// A level or directives, see [`Filter`](crate::telemetry::Filter).
     Level,
+    /// A [`Format`](crate::telemetry::Format).
+    LogFormat,
     /// An IP address, or `localhost`.
     Address,
     /// A DNS name or an IP address.
@@ -226,7 +228,12 @@ const LEVEL: Setting = setting(
     "What is logged to standard error: `off`, `error`, `warn`, `info`, `debug` or `trace`, or directives such as `info,silo_proxy::mux=trace`. At `info` an agent's coming and going is logged, a request is not.",
 );
 
-const LOG_FORMAT: Setting = not_built("log.format", "Lines for people, or JSON for machines.");
+const LOG_FORMAT: Setting = setting(
+    "log.format",
+    Kind::LogFormat,
+    "text",
+    "Lines for people, or `json`: one object a line, with `timestamp`, `level`, `target`, `message` and the fields.",
+);
 
 const fn grace(path: &'static str) -> Setting {
     setting(
@@ -681,6 +688,7 @@ impl fmt::Display for Kind {
         let off = |off: bool| if off { ", or `off`" } else { "" };
         match *self {
             Self::Level => f.write_str("level or directives"),
+            Self::LogFormat => f.write_str("`text` or `json`"),
             Self::Address => f.write_str("IP address or `localhost`"),
             Self::Host => f.write_str("host name or IP address"),
             Self::HostPort => f.write_str("HOST:PORT"),
