@@ -14,6 +14,13 @@ use thiserror::Error;
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AgentId(Arc<str>);
 
+/// The most labels an agent may bear.
+pub const MAX_LABELS: usize = 32;
+
+/// The longest name and the longest value of a label, in bytes: 32 of the longest are 8 KiB, so
+/// that a hello stays small.
+pub const MAX_LABEL_LEN: usize = 128;
+
 /// Why a string is no [`AgentId`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error(

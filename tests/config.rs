@@ -16,7 +16,7 @@ use silo_proxy::config::{
     ServerConfig, Sources, environment_name, example, markdown, table,
 };
 use silo_proxy::id::{AgentId, Secret};
-use silo_proxy::telemetry::Filter;
+use silo_proxy::telemetry::{Filter, Format};
 use tempfile::TempDir;
 
 /// A directory with `silo.yaml` in it; other files can be put beside it.
@@ -93,7 +93,7 @@ fn the_defaults_are_those_of_the_contract() {
         grpc,
         server,
     } = ServerConfig::default();
-    assert_eq!(log.level, Filter::default());
+    assert_eq!((log.level, log.format), (Filter::default(), Format::Text));
     assert_eq!(http.host.to_string(), "127.0.0.1");
     assert_eq!((http.port, grpc.port), (8080, 9090));
     assert_eq!(http.agent_host.to_string(), "::");
@@ -146,7 +146,7 @@ fn nothing_at_all_is_the_default() {
 #[test]
 fn a_file_is_read() {
     let config = server(
-        "log: {level: 'warn,silo_proxy::mux=trace'}
+        "log: {level: 'warn,silo_proxy::mux=trace', format: json}
 http:
   host: ::1
   admin_api_key: 0x1f
@@ -172,6 +172,7 @@ server:
     )
     .unwrap();
     assert_eq!(config.log.level.as_str(), "warn,silo_proxy::mux=trace");
+    assert_eq!(config.log.format, Format::Json);
     assert_eq!(config.http.host.to_string(), "::1");
     assert_eq!(exposed(&config.http.admin_api_key), Some("0x1f"));
     assert_eq!(
@@ -283,12 +284,12 @@ fn unknown_keys_are_told_all_at_once_with_the_nearest() {
 
 #[test]
 fn settings_of_later_versions_are_refused() {
-    let yaml = "log: {format: json}\nhttp:\n  cors: {origins: [a]}\n\
+    let yaml = "http:\n  cors: {origins: [a]}\n\
                 \x20 access_log: true\ngrpc:\n  tls:\n    enabled: false\n";
     let found = faults(server(yaml));
-    assert_eq!(found.len(), 4, "{found:#?}");
+    assert_eq!(found.len(), 3, "{found:#?}");
     assert!(found.iter().all(|fault| fault.kind == FaultKind::NotBuilt));
-    assert!(shown(&found[1]).starts_with("silo.yaml:3:3: http.cors: not built yet"));
+    assert!(shown(&found[0]).starts_with("silo.yaml:2:3: http.cors: not built yet"));
     assert!(
         fault(server_from(&[("SILO_GRPC_TLS_CERT_FILE", "x")]))
             .starts_with("SILO_GRPC_TLS_CERT_FILE: grpc.tls is not built yet")
@@ -501,6 +502,30 @@ fn the_state_file_stands_beside_the_settings() {
     let from_variable = server_from(&[("SILO_HTTP_STATE_FILE", "ports.json")]).unwrap();
     assert_eq!(from_variable.http.state_file, Some("ports.json".into()));
     assert!(fault(server("http: {state_file: ''}")).contains("expected the name of a file"));
+}
+
+#[test]
+fn labels_are_short_and_few() {
+    let told = "grpc: {server_address: a, agent_id: a}\nlocal: {service_url: 'http://a'}\n";
+    let labels = |labels: String| agent(&format!("{told}agent: {{labels: {labels}}}"));
+    let config = labels("{site: Zürich, rack: 7}".to_owned()).unwrap();
+    let shown: Vec<_> = config.agent.labels.iter().collect();
+    assert_eq!(
+        format!("{shown:?}"),
+        r#"[("rack", "7"), ("site", "Zürich")]"#
+    );
+
+    for wrong in ["{a: ''}", r#"{a: "b\u0007"}"#, r#"{"a\n": b}"#] {
+        assert!(fault(labels(wrong.to_owned())).contains("expected 1 to 128 bytes"));
+    }
+    let many = |count: usize| {
+        let pairs: Vec<String> = (0..count).map(|index| format!("l{index}: x")).collect();
+        format!("{{{}}}", pairs.join(", "))
+    };
+    assert!(labels(many(32)).is_ok());
+    assert!(fault(labels(many(33))).contains("agent.labels has more than 32 labels"));
+    assert!(labels(format!("{{a: {}}}", "x".repeat(128))).is_ok());
+    assert!(labels(format!("{{a: {}}}", "x".repeat(129))).is_err());
 }
 
 #[test]

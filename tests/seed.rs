@@ -144,6 +144,19 @@ fn the_admin_port_lists_three_agents_then_two() {
 }
 
 #[test]
+fn an_agent_shows_its_labels() {
+    let (server, _) = server(1, &[]);
+    let labels = [("agent.labels", "site=Zürich, rack=7")];
+    let _agent = server.agent_with("agent-1", text_service("hello"), &labels);
+    let expected = r#""labels":{"rack":"7","site":"Zürich"}"#;
+    eventually(PATIENCE, "the labels are listed", || {
+        get(server.admin, "/agents/agent-1")
+            .text()
+            .contains(expected)
+    });
+}
+
+#[test]
 fn a_fourth_agent_waits_for_one_of_three_ports() {
     let (server, first) = server(3, &[]);
     let mut agents: Vec<Agent> = (1..=3)

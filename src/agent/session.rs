@@ -19,6 +19,7 @@ use tonic::{Status, Streaming};
 use crate::id::Generation;
 use crate::link::{Ended, Link, Observer, http2};
 use crate::mux::{self, Budget, Frame, Pool};
+use crate::net;
 use crate::wire::{self, AgentMessage, Hello, Rejection, RejectionReason, ServerMessage};
 
 use super::Agent;
@@ -129,7 +130,7 @@ pub(super) async fn dial(
     last_port: u16,
 ) -> Result<Session<impl Future<Output = Result<(), http2::Error>> + Send + use<>>, Lost> {
     let address = &agent.shared.config.grpc.server_address;
-    let connect = TcpStream::connect((address.host.as_str(), address.port));
+    let connect = net::dial::connect(&address.host, address.port);
     let stream = match timeout(CONNECT_TIMEOUT, connect).await {
         Ok(connected) => connected.map_err(Lost::Connect)?,
         Err(_) => return Err(Lost::Connect(io::ErrorKind::TimedOut.into())),
@@ -212,6 +213,7 @@ fn hello(agent: &Agent, last_port: u16) -> Hello {
             .unwrap_or_default(),
         instance: agent.instance.to_vec().into(),
         software: concat!("silo-proxy/", env!("CARGO_PKG_VERSION")).into(),
+        labels: agent.shared.config.agent.labels.clone(),
         last_port: last_port.into(),
         ..Hello::default()
     }

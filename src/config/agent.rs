@@ -1,8 +1,9 @@
 //! What an agent is told.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::id::{AgentId, Secret};
+use crate::id::{AgentId, MAX_LABEL_LEN, MAX_LABELS, Secret};
 
 use super::LogConfig;
 use super::fault::ConfigError;
@@ -72,6 +73,8 @@ pub struct LocalTls {
 /// Section `agent`.
 #[derive(Debug, Clone)]
 pub struct AgentProcess {
+    /// `agent.labels`: what the agent says of itself; [`MAX_LABELS`] at most.
+    pub labels: BTreeMap<String, String>,
     /// `agent.grace`: how long running exchanges may go on after the signal to stop.
     pub grace: Duration,
 }
@@ -92,6 +95,10 @@ impl AgentConfig {
         let mut reader = Reader::new(Role::Agent, sources);
         let config = Self::read(&mut reader);
         config.local.check(&mut reader);
+        if config.agent.labels.len() > MAX_LABELS {
+            let text = format!("agent.labels has more than {MAX_LABELS} labels");
+            reader.contradiction(&["agent.labels"], text);
+        }
         reader.finish(config)
     }
 
@@ -100,10 +107,7 @@ impl AgentConfig {
             log: LogConfig::read(from),
             grpc: DialConfig {
                 server_address: from.value("grpc.server_address", str::parse),
-                agent_id: from.value("grpc.agent_id", |text| {
-                    text.parse::<AgentId>()
-                        .map_err(|error| InvalidValue::new(error.to_string()))
-                }),
+                agent_id: from.value("grpc.agent_id", value::agent_id),
                 token: from.optional("grpc.token", secret),
                 heartbeat_timeout: from.time("grpc.heartbeat_timeout"),
             },
@@ -121,6 +125,7 @@ impl AgentConfig {
                 },
             },
             agent: AgentProcess {
+                labels: from.pairs("agent.labels", label, label),
                 grace: from.time("agent.grace"),
             },
         }
@@ -151,5 +156,16 @@ impl LocalConfig {
             );
             faults.contradiction(&[INSECURE, "local.tls.ca_file"], text);
         }
+    }
+}
+
+/// The name or the value of a label.
+fn label(text: &str) -> Result<String, InvalidValue> {
+    if (1..=MAX_LABEL_LEN).contains(&text.len()) && !text.contains(char::is_control) {
+        Ok(text.to_owned())
+    } else {
+        Err(InvalidValue::new(format!(
+            "expected 1 to {MAX_LABEL_LEN} bytes without control characters"
+        )))
     }
 }

@@ -136,7 +136,7 @@ impl ServerConfig {
                 agent_host: from.value("http.agent_host", value::address),
                 public_host: from.optional("http.public_host", value::host),
                 agent_port_range: start..=end,
-                static_ports: from.pairs("http.static_ports", port),
+                static_ports: from.by_id("http.static_ports", port),
                 port_lease: from.time("http.port_lease"),
                 state_file: from.file_name("http.state_file"),
                 trusted_proxies: from.networks("http.trusted_proxies"),
@@ -158,7 +158,7 @@ impl ServerConfig {
                 port: from.count("grpc.port"),
                 auth: Policy {
                     shared: from.optional("grpc.auth.shared_token", secret),
-                    tokens: from.pairs("grpc.auth.tokens", secret),
+                    tokens: from.by_id("grpc.auth.tokens", secret),
                 },
                 handshake_timeout: from.time("grpc.handshake_timeout"),
                 max_handshakes: from.count("grpc.max_handshakes"),

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -269,13 +270,22 @@ impl Reader {
         })
     }
 
-    /// Agent ids with a value each, which `parse` reads. In a text they are `ID=VALUE`, separated
-    /// by commas.
-    pub(super) fn pairs<T>(
+    /// Agent ids with a value each, which `parse` reads.
+    pub(super) fn by_id<T>(
         &mut self,
         path: &'static str,
         parse: impl Fn(&str) -> Result<T, InvalidValue>,
     ) -> BTreeMap<AgentId, T> {
+        self.pairs(path, value::agent_id, parse)
+    }
+
+    /// Keys with a value each. In a text they are `KEY=VALUE`, separated by commas.
+    pub(super) fn pairs<K: Clone + Ord + fmt::Display, T>(
+        &mut self,
+        path: &'static str,
+        parse_key: impl Fn(&str) -> Result<K, InvalidValue>,
+        parse: impl Fn(&str) -> Result<T, InvalidValue>,
+    ) -> BTreeMap<K, T> {
         let mut values = BTreeMap::new();
         let mut faults = Vec::new();
         let Some(found) = self.found.get(path) else {
@@ -301,7 +311,8 @@ impl Reader {
                 let pairs: Option<Vec<Pair>> = text.split(',').map(split).collect();
                 let Some(pairs) = pairs else {
                     let place = found.place.clone();
-                    self.invalid(path, place, "expected ID=VALUE pairs, separated by commas");
+                    let text = "expected KEY=VALUE pairs, separated by commas";
+                    self.invalid(path, place, text);
                     return values;
                 };
                 owned = pairs;
@@ -309,18 +320,18 @@ impl Reader {
             }
         };
         for (index, pair) in pairs.iter().enumerate() {
-            let id = match pair.key.parse::<AgentId>() {
-                Ok(id) => id,
+            let key = match parse_key(&pair.key) {
+                Ok(key) => key,
                 Err(error) => {
                     faults.push((pair.place.clone(), format!("entry {}: {error}", index + 1)));
                     continue;
                 }
             };
             match parse(&pair.value) {
-                Err(error) => faults.push((pair.place.clone(), format!("{id}: {error}"))),
+                Err(error) => faults.push((pair.place.clone(), format!("{key}: {error}"))),
                 Ok(value) => {
-                    if values.insert(id.clone(), value).is_some() {
-                        faults.push((pair.place.clone(), format!("{id} stands here twice")));
+                    if values.insert(key.clone(), value).is_some() {
+                        faults.push((pair.place.clone(), format!("{key} stands here twice")));
                     }
                 }
             }
@@ -595,7 +606,7 @@ impl Reader {
                             key: entry.key,
                             value,
                         }),
-                        _ => self.invalid(setting.path, at, "expected one value for each id"),
+                        _ => self.invalid(setting.path, at, "expected one value for each key"),
                     }
                 }
                 Raw::Pairs(pairs)

@@ -68,6 +68,8 @@ pub enum Preset {
 pub enum Kind {
     /// A level or directives, see [`Filter`](crate::telemetry::Filter).
     Level,
+    /// A [`Format`](crate::telemetry::Format).
+    LogFormat,
     /// An IP address, or `localhost`.
     Address,
     /// A DNS name or an IP address.
@@ -111,6 +113,8 @@ pub enum Kind {
     Secret,
     /// Agent ids with a credential each; may come from a file.
     Tokens,
+    /// Names with a text each.
+    Labels,
     /// Agent ids with a port each.
     Ports,
     /// Addresses and blocks of addresses.
@@ -226,7 +230,12 @@ const LEVEL: Setting = setting(
     "What is logged to standard error: `off`, `error`, `warn`, `info`, `debug` or `trace`, or directives such as `info,silo_proxy::mux=trace`. At `info` an agent's coming and going is logged, a request is not.",
 );
 
-const LOG_FORMAT: Setting = not_built("log.format", "Lines for people, or JSON for machines.");
+const LOG_FORMAT: Setting = setting(
+    "log.format",
+    Kind::LogFormat,
+    "text",
+    "Lines for people, or `json`: one object a line, with `timestamp`, `level`, `target`, `message` and the fields.",
+);
 
 const fn grace(path: &'static str) -> Setting {
     setting(
@@ -554,6 +563,13 @@ static AGENT: &[Setting] = &[
         "false",
         "Take any certificate of an `https` service. Whoever can answer in its place then reads everything.",
     ),
+    unset(
+        "agent.labels",
+        Kind::Labels,
+        "none",
+        "{site: zurich, owner: ops}",
+        "What the agent says of itself; `GET /agents` shows it. At most 32, names and values of at most 128 bytes.",
+    ),
     grace("agent.grace"),
 ];
 
@@ -680,6 +696,7 @@ impl fmt::Display for Kind {
         let off = |off: bool| if off { ", or `off`" } else { "" };
         match *self {
             Self::Level => f.write_str("level or directives"),
+            Self::LogFormat => f.write_str("`text` or `json`"),
             Self::Address => f.write_str("IP address or `localhost`"),
             Self::Host => f.write_str("host name or IP address"),
             Self::HostPort => f.write_str("HOST:PORT"),
@@ -698,6 +715,7 @@ impl fmt::Display for Kind {
             }
             Self::Secret => f.write_str("text"),
             Self::Tokens => f.write_str("ID: TOKEN pairs"),
+            Self::Labels => f.write_str("NAME: TEXT pairs"),
             Self::Ports => f.write_str("ID: PORT pairs"),
             Self::Networks => f.write_str("list of addresses and blocks"),
             Self::FileName | Self::Certificates => f.write_str("file name"),

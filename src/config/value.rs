@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::id::{AgentId, InvalidAgentId};
+
 /// What was expected where something else stands. Names no value, so that it can stand beside a
 /// secret.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -19,6 +21,12 @@ impl InvalidValue {
     pub(super) fn new(expected: impl Into<String>) -> Self {
         Self(expected.into())
     }
+}
+
+/// An agent's id.
+pub(super) fn agent_id(text: &str) -> Result<AgentId, InvalidValue> {
+    text.parse()
+        .map_err(|error: InvalidAgentId| InvalidValue::new(error.to_string()))
 }
 
 /// A host, which is a name or an address, and a port.

@@ -4,6 +4,7 @@
 //! [`acceptor`] is the one task that accepts from them.
 
 pub mod acceptor;
+pub mod dial;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};

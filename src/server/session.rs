@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use super::registry::{Applicant, DEFAULT_HOST, JoinError, Joined};
 use super::rivals::Instance;
 use super::worker::Worker;
-use crate::id::AgentId;
+use crate::id::{AgentId, MAX_LABEL_LEN, MAX_LABELS};
 use crate::link::{Ended, Link, Observer};
 use crate::metrics::{AgentStats, HandshakeFailure, Rejection as RejectionKind, WorkerMetrics};
 use crate::mux::{Budget, Config, Frame};
@@ -39,11 +39,8 @@ const REFUSED_RETRY: Duration = Duration::from_secs(30);
 /// When an agent may try again that met a server shutting down.
 const DRAINING_RETRY: Duration = Duration::from_secs(1);
 
-/// The longest text an agent's hello may have us keep, in bytes.
-const MAX_TEXT: usize = 128;
-
-/// The most labels an agent may have.
-const MAX_LABELS: usize = 32;
+/// The longest name and version of its software that an agent's hello may have us keep, in bytes.
+const MAX_SOFTWARE_LEN: usize = 128;
 
 /// The part of a session that others may use: to open exchanges, and to end it.
 #[derive(Debug)]
@@ -302,12 +299,12 @@ async fn welcome(
         .agent_id
         .parse()
         .map_err(|error| Turned::malformed(&format!("{error}")))?;
-    let too_long = hello.software.len() > MAX_TEXT
+    let too_long = hello.software.len() > MAX_SOFTWARE_LEN
         || hello.labels.len() > MAX_LABELS
         || hello
             .labels
             .iter()
-            .any(|(name, value)| name.len() > MAX_TEXT || value.len() > MAX_TEXT);
+            .any(|(name, value)| name.len() > MAX_LABEL_LEN || value.len() > MAX_LABEL_LEN);
     if too_long {
         return Err(Turned::malformed(
             "the hello's texts or labels are too long",

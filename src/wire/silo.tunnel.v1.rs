@@ -43,6 +43,7 @@ pub struct Hello {
     pub software: ::prost::alloc::string::String,
     #[prost(string, repeated, tag = "6")]
     pub capabilities: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What the agent says of itself, for people: at most 32, names and values of at most 128 bytes.
     #[prost(btree_map = "string, string", tag = "7")]
     pub labels: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,

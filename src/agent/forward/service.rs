@@ -22,6 +22,7 @@ use tokio_rustls::client::TlsStream;
 use tracing::warn;
 
 use crate::config::{HostHeader, HostPort, LocalConfig, LocalTls, Scheme, ServiceUrl};
+use crate::net;
 
 /// Where the local service is and how it is spoken to.
 pub(in crate::agent) struct Service {
@@ -98,7 +99,7 @@ impl Service {
     }
 
     async fn connect_untimed(&self) -> io::Result<ServiceStream> {
-        let tcp = TcpStream::connect((self.address.host.as_str(), self.address.port)).await?;
+        let tcp = net::dial::connect(&self.address.host, self.address.port).await?;
         tcp.set_nodelay(true)?;
         let io = match &self.tls {
             None => Io::Plain(tcp),

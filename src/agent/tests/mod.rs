@@ -3,6 +3,7 @@
 mod forwarding;
 mod sessions;
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
@@ -405,6 +406,7 @@ fn config(server: SocketAddr, service_port: u16) -> AgentConfig {
             tls: LocalTls::default(),
         },
         agent: AgentProcess {
+            labels: BTreeMap::new(),
             grace: Duration::from_secs(5),
         },
     }
