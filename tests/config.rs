@@ -17,7 +17,7 @@ use silo_proxy::config::{
     ServerConfig, Sources, environment_name, example, markdown, table,
 };
 use silo_proxy::id::{AgentId, Secret};
-use silo_proxy::telemetry::Filter;
+use silo_proxy::telemetry::{Filter, Format};
 use tempfile::TempDir;
 
 /// A directory with `silo.yaml` in it; other files can be put beside it.
@@ -94,7 +94,7 @@ fn the_defaults_are_those_of_the_contract() {
         grpc,
         server,
     } = ServerConfig::default();
-    assert_eq!(log.level, Filter::default());
+    assert_eq!((log.level, log.format), (Filter::default(), Format::Text));
     assert_eq!(http.host.to_string(), "127.0.0.1");
     assert_eq!((http.port, grpc.port), (8080, 9090));
     assert_eq!(http.agent_host.to_string(), "::");
@@ -147,7 +147,7 @@ fn nothing_at_all_is_the_default() {
 #[test]
 fn a_file_is_read() {
     let config = server(
-        "log: {level: 'warn,silo_proxy::mux=trace'}
+        "log: {level: 'warn,silo_proxy::mux=trace', format: json}
 http:
   host: ::1
   admin_api_key: 0x1f
@@ -173,6 +173,7 @@ server:
     )
     .unwrap();
     assert_eq!(config.log.level.as_str(), "warn,silo_proxy::mux=trace");
+    assert_eq!(config.log.format, Format::Json);
     assert_eq!(config.http.host.to_string(), "::1");
     assert_eq!(exposed(&config.http.admin_api_key), Some("0x1f"));
     assert_eq!(
@@ -218,7 +219,7 @@ fn every_setting_has_a_variable() {
         let variables: Vec<(String, String)> = table(role)
             .iter()
             .filter(|setting| setting.kind != Kind::NotBuilt)
-            .filter(|setting| !matches!(setting.kind, Kind::Certificates | Kind::File))
+            .filter(|setting| !matches!(setting.kind, Kind::Certificates | Kind::FileName))
             .filter(|setting| !setting.path.ends_with(".tls.server_name"))
             .map(|setting| {
                 let text = match setting.preset {
@@ -284,12 +285,11 @@ fn unknown_keys_are_told_all_at_once_with_the_nearest() {
 
 #[test]
 fn settings_of_later_versions_are_refused() {
-    let yaml = "log: {format: json}\nhttp:\n  cors: {origins: [a]}\n  state_file: x\n\
-                \x20 access_log: true\n";
+    let yaml = "http:\n  cors: {origins: [a]}\n  access_log: true\n";
     let found = faults(server(yaml));
-    assert_eq!(found.len(), 4, "{found:#?}");
+    assert_eq!(found.len(), 2, "{found:#?}");
     assert!(found.iter().all(|fault| fault.kind == FaultKind::NotBuilt));
-    assert!(shown(&found[1]).starts_with("silo.yaml:3:3: http.cors: not built yet"));
+    assert!(shown(&found[0]).starts_with("silo.yaml:2:3: http.cors: not built yet"));
     assert!(
         fault(server_from(&[("SILO_HTTP_CORS_ORIGINS", "x")]))
             .starts_with("SILO_HTTP_CORS_ORIGINS: http.cors is not built yet")
@@ -486,6 +486,16 @@ fn what_an_agent_must_be_told_is_told() {
         .flag("grpc.agent_id", "--id", "Agent")
         .flag("local.service_url", "the service", "http://127.0.0.1:3000");
     assert!(fault(AgentConfig::load(&sources)).starts_with("--id: an agent id is"));
+}
+
+#[test]
+fn the_state_file_stands_beside_the_settings() {
+    let files = Files::new("http: {state_file: ports.json}");
+    let config = ServerConfig::load(&files.sources()).unwrap();
+    assert_eq!(config.http.state_file, Some(files.path("ports.json")));
+    let from_variable = server_from(&[("SILO_HTTP_STATE_FILE", "ports.json")]).unwrap();
+    assert_eq!(from_variable.http.state_file, Some("ports.json".into()));
+    assert!(fault(server("http: {state_file: ''}")).contains("expected the name of a file"));
 }
 
 #[test]

@@ -614,6 +614,24 @@ fn with_tls_and_without_do_not_mix_and_say_so() {
     eventually(PATIENCE, "it is counted", || failed(&without) == 1.0);
 }
 
+#[test]
+fn an_end_that_is_near_is_told_at_the_start() {
+    let authority = Authority::new("one");
+    let soon = |wanted: Wanted| Wanted {
+        to: SystemTime::now() + 10 * DAY + DAY / 2,
+        ..wanted
+    };
+    let own = authority.sign("server", soon(for_server()));
+    let server = server_with(&own, &[]);
+    let warning = ["WARN", "grpc.tls.cert_file", "expires on 20", "in 10 days"];
+    server.process.wait_for(&warning);
+    let own = authority.sign("a", soon(for_agent("a")));
+    let ca = authority.ca();
+    let agent = server.agent_with("a", text_service("x"), &agent_settings(&ca, Some(&own)));
+    agent.process.wait_for(&warning);
+    assert_eq!(agent.process.count(&["WARN"]), 1);
+}
+
 /// Connections that begin TLS and don't end it hold no place for long, and send no more than a
 /// handshake.
 #[test]

@@ -31,6 +31,7 @@ pub(super) struct DemoArgs {
 pub(super) fn run(args: DemoArgs) -> Outcome {
     start_log(&LogConfig {
         level: args.log_level,
+        ..LogConfig::default()
     })?;
     raise_descriptor_limit();
     let server = start_server()?;

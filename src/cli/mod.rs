@@ -19,6 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
 use crate::config::{ConfigError, LogConfig, Sources};
+use crate::telemetry::{self, Telemetry};
 
 /// A reverse tunnel: every agent behind NAT gets an HTTP port of its own.
 #[derive(Debug, Parser)]
@@ -59,6 +60,8 @@ pub fn run() -> ExitCode {
         Command::Certs(args) => certs::run(args),
         Command::Swarm(args) => swarm::run(args),
     };
+    // Before the last word on standard error, and before the process is gone.
+    telemetry::flush();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -117,8 +120,8 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-fn start_log(config: &LogConfig) -> Outcome {
-    crate::telemetry::init(&config.level).map_err(Failure::failed)
+fn start_log(config: &LogConfig) -> Result<Telemetry, Failure> {
+    telemetry::init(&config.level, config.format).map_err(Failure::failed)
 }
 
 /// Runs a future on this thread.
@@ -150,6 +153,7 @@ fn told_to_stop() -> Result<impl Future<Output = ()>, Failure> {
                 _ = interrupt.recv() => {}
             }
             warn!("told to stop a second time: ending at once");
+            telemetry::flush();
             std::process::exit(1);
         });
     })

@@ -54,6 +54,7 @@ pub(super) struct SwarmArgs {
 pub(super) fn run(args: SwarmArgs) -> Outcome {
     start_log(&LogConfig {
         level: args.log_level.clone(),
+        ..LogConfig::default()
     })?;
     raise_descriptor_limit();
     block_on(swarm(args))?

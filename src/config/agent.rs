@@ -157,7 +157,7 @@ fn dial_tls(from: &mut Reader, server: &HostPort) -> Option<DialTls> {
     const CA: &str = "grpc.tls.ca_file";
     const NAME: &str = "grpc.tls.server_name";
     let enabled = from.value(TLS_ENABLED, value::flag);
-    let [ca_file, cert_file, key_file] = [CA, CERT, KEY].map(|path| from.file(path));
+    let [ca_file, cert_file, key_file] = [CA, CERT, KEY].map(|path| from.file_name(path));
     let server_name = from.optional(NAME, value::host);
     if !enabled {
         tls_is_off(from, &[CA, CERT, KEY, NAME], None);

@@ -26,7 +26,7 @@ pub use sources::Sources;
 pub use table::{Kind, Preset, Role, Setting, environment_name, example, markdown, table};
 pub use value::{Cidr, HostHeader, HostPort, InvalidValue, PemFile, Scheme, ServiceUrl};
 
-use crate::telemetry::Filter;
+use crate::telemetry::{Filter, Format};
 
 use sources::Reader;
 
@@ -35,6 +35,8 @@ use sources::Reader;
 pub struct LogConfig {
     /// `log.level`: what is logged.
     pub level: Filter,
+    /// `log.format`: how a line looks. The access log follows it.
+    pub format: Format,
 }
 
 impl LogConfig {
@@ -42,6 +44,10 @@ impl LogConfig {
         Self {
             level: from.value("log.level", |text| {
                 text.parse::<Filter>()
+                    .map_err(|error| InvalidValue::new(error.to_string()))
+            }),
+            format: from.value("log.format", |text| {
+                text.parse::<Format>()
                     .map_err(|error| InvalidValue::new(error.to_string()))
             }),
         }

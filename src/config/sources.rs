@@ -371,6 +371,16 @@ impl Reader {
         networks
     }
 
+    /// The file whose name stands at `path`. It needn't be there.
+    pub(super) fn file_name(&mut self, path: &'static str) -> Option<PathBuf> {
+        let name = self.optional(path, |text| match text {
+            "" => Err(InvalidValue::new("expected the name of a file")),
+            name => Ok(name.to_owned()),
+        })?;
+        let source = self.found.get(path)?.source;
+        Some(self.path_of(&name, source))
+    }
+
     /// The file of certificates whose name stands at `path`.
     pub(super) fn certificates(&mut self, path: &'static str) -> Option<PemFile> {
         let name = self.optional(path, |text| Ok(text.to_owned()))?;
@@ -392,16 +402,6 @@ impl Reader {
                 None
             }
         }
-    }
-
-    /// The file whose name stands at `path`. Nothing is opened.
-    pub(super) fn file(&mut self, path: &'static str) -> Option<PathBuf> {
-        let name = self.optional(path, |text| match text {
-            "" => Err(InvalidValue::new("expected the name of a file")),
-            text => Ok(text.to_owned()),
-        })?;
-        let source = self.found.get(path)?.source;
-        Some(self.path_of(&name, source))
     }
 
     fn setting(&self, path: &str) -> &'static Setting {

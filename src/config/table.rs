@@ -68,6 +68,10 @@ pub enum Preset {
 pub enum Kind {
     /// A level or directives, see [`Filter`](crate::telemetry::Filter).
     Level,
+    /// A [`Format`](crate::telemetry::Format).
+    LogFormat,
+    /// A [`ClientAuth`](crate::auth::ClientAuth).
+    ClientAuth,
     /// An IP address, or `localhost`.
     Address,
     /// A DNS name or an IP address.
@@ -117,12 +121,10 @@ pub enum Kind {
     Ports,
     /// Addresses and blocks of addresses.
     Networks,
+    /// The name of a file.
+    FileName,
     /// A file of certificates.
     Certificates,
-    /// The name of a file.
-    File,
-    /// One of these words.
-    Word(&'static [&'static str]),
     /// Documented, but not in this version: refused with everything below it.
     NotBuilt,
 }
@@ -230,7 +232,12 @@ const LEVEL: Setting = setting(
     "What is logged to standard error: `off`, `error`, `warn`, `info`, `debug` or `trace`, or directives such as `info,silo_proxy::mux=trace`. At `info` an agent's coming and going is logged, a request is not.",
 );
 
-const LOG_FORMAT: Setting = not_built("log.format", "Lines for people, or JSON for machines.");
+const LOG_FORMAT: Setting = setting(
+    "log.format",
+    Kind::LogFormat,
+    "text",
+    "Lines for people, or `json`: one object a line, with `timestamp`, `level`, `target`, `message` and the fields.",
+);
 
 const fn grace(path: &'static str) -> Setting {
     setting(
@@ -300,6 +307,13 @@ static SERVER: &[Setting] = &[
         wait(),
         "0s",
         "How long a port stays its agent's after the agent is gone; visitors get 503 meanwhile. With 0 it is free at once.",
+    ),
+    unset(
+        "http.state_file",
+        Kind::FileName,
+        "none",
+        "/var/lib/silo-proxy/ports.json",
+        "Where the server writes down who has which port, so that leases and last ports survive a restart. In a directory that it may write to; two more files appear beside it.",
     ),
     unset(
         "http.trusted_proxies",
@@ -389,7 +403,6 @@ static SERVER: &[Setting] = &[
         "off",
         "Largest body of a request; larger ones get 413. Off, because bodies are streamed and cost no memory.",
     ),
-    not_built("http.state_file", "Where leases survive a restart."),
     not_built("http.cors", "CORS answers on the agents' ports."),
     not_built("http.access_log", "One line a request."),
     setting(
@@ -426,28 +439,28 @@ static SERVER: &[Setting] = &[
     ),
     unset(
         "grpc.tls.cert_file",
-        Kind::File,
+        Kind::FileName,
         "none; needed with `enabled`",
         "server.pem",
         "PEM file with the server's certificate and those between it and the authority. Read again when it, the key or the authorities change; tunnels go on.",
     ),
     unset(
         "grpc.tls.key_file",
-        Kind::File,
+        Kind::FileName,
         "none; needed with `enabled`",
         "server.key",
         "PEM file with the certificate's key.",
     ),
     unset(
         "grpc.tls.ca_file",
-        Kind::File,
+        Kind::FileName,
         "none",
         "ca.pem",
         "PEM file with the authorities that sign agents' certificates. Use a private one: whoever it signs for gets in.",
     ),
     setting(
         "grpc.tls.client_auth",
-        Kind::Word(&["none", "request", "require"]),
+        Kind::ClientAuth,
         "none",
         "Agents' certificates: `none` asks for none; with `request` one is a credential for the ids it names (a dNSName equal to the id, or the URI `silo:agent:ID`), as good as a token; `require` wants one of every agent, and the token too where `grpc.auth` is set.",
     ),
@@ -526,21 +539,21 @@ static AGENT: &[Setting] = &[
     ),
     unset(
         "grpc.tls.ca_file",
-        Kind::File,
+        Kind::FileName,
         "the system's certificates",
         "ca.pem",
         "PEM file with the only authorities that may sign the server's certificate. It and the next two are read again at a reconnect when they have changed.",
     ),
     unset(
         "grpc.tls.cert_file",
-        Kind::File,
+        Kind::FileName,
         "none",
         "agent-1.pem",
         "PEM file with this agent's certificate, for a server that asks for one.",
     ),
     unset(
         "grpc.tls.key_file",
-        Kind::File,
+        Kind::FileName,
         "none; needed with `cert_file`",
         "agent-1.key",
         "PEM file with the certificate's key.",
@@ -747,6 +760,8 @@ impl fmt::Display for Kind {
         let off = |off: bool| if off { ", or `off`" } else { "" };
         match *self {
             Self::Level => f.write_str("level or directives"),
+            Self::LogFormat => f.write_str("`text` or `json`"),
+            Self::ClientAuth => f.write_str("`none`, `request` or `require`"),
             Self::Address => f.write_str("IP address or `localhost`"),
             Self::Host => f.write_str("host name or IP address"),
             Self::HostPort => f.write_str("HOST:PORT"),
@@ -768,11 +783,7 @@ impl fmt::Display for Kind {
             Self::Labels => f.write_str("NAME: TEXT pairs"),
             Self::Ports => f.write_str("ID: PORT pairs"),
             Self::Networks => f.write_str("list of addresses and blocks"),
-            Self::Certificates | Self::File => f.write_str("file name"),
-            Self::Word(words) => match words {
-                [first @ .., last] => write!(f, "`{}` or `{last}`", first.join("`, `")),
-                [] => Ok(()),
-            },
+            Self::FileName | Self::Certificates => f.write_str("file name"),
             Self::NotBuilt => f.write_str("not built yet: refused"),
         }
     }

@@ -14,7 +14,9 @@ pub mod directory;
 mod ingress;
 mod registry;
 mod respond;
+mod rivals;
 mod session;
+mod state_file;
 mod tenancy;
 mod worker;
 
@@ -36,6 +38,8 @@ use tracing::{error, info, warn};
 use self::admin::{Admin, AdminState, Readiness};
 use self::directory::Directory;
 use self::registry::Registry;
+pub use self::state_file::StateFileError;
+use self::state_file::{Moment, Signal, StateFile};
 use self::worker::{Job, JobSender, Shared, Worker};
 use crate::config::ServerConfig;
 use crate::headers::RequestIds;
@@ -57,6 +61,10 @@ const CERTIFICATES_INTERVAL: Duration = Duration::from_secs(2);
 /// How often a certificate that is about to expire is spoken of.
 const WARNING_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// How long the server's end may wait for the last write of the state file. It was begun when the
+/// drain was; a disk that takes longer shall not hold the process.
+const LAST_WRITE: Duration = Duration::from_secs(1);
+
 /// Why a server could not be started.
 #[derive(Debug, Error)]
 pub enum StartError {
@@ -76,6 +84,9 @@ pub enum StartError {
     /// The files of `grpc.tls` can't be used.
     #[error(transparent)]
     Tls(#[from] TlsFault),
+    /// The state file can't be used.
+    #[error("cannot use http.state_file: {0}")]
+    StateFile(#[from] StateFileError),
     /// A thread or its runtime could not be set up.
     #[error("cannot start: {0}")]
     Threads(#[from] io::Error),
@@ -94,6 +105,8 @@ pub struct Server {
     /// Dropped to end the thread that looks at the certificates' files.
     _stop_looking: Option<mpsc_std::SyncSender<Infallible>>,
     threads: Vec<JoinHandle<()>>,
+    /// To the thread that writes the state file, if there is one.
+    saver: Option<Arc<Signal>>,
     admin: Admin,
 }
 
@@ -103,6 +116,18 @@ impl Server {
     pub fn start(config: ServerConfig) -> Result<Self, StartError> {
         let tls = config.grpc.tls.as_ref().map(ServerTls::load).transpose()?;
         let tls = tls.map(Arc::new);
+        let (state_file, memory) = match &config.http.state_file {
+            Some(path) => {
+                let now = Moment {
+                    here: Duration::ZERO,
+                    calendar: SystemTime::now(),
+                };
+                let (file, memory) = StateFile::open(path, now)?;
+                (Some(file), memory)
+            }
+            None => (None, None),
+        };
+        let saver = state_file.as_ref().map(|_| Arc::new(Signal::default()));
         let admin_listener = listen(config.http.host, config.http.port, "http.port")?;
         let tunnel_listener = listen(config.grpc.host, config.grpc.port, "grpc.port")?;
         let admin_address = admin_listener.local_addr()?;
@@ -117,7 +142,14 @@ impl Server {
         let readiness = Readiness::new();
         let serving = readiness.step("acceptor");
         let reserved = BTreeSet::from([admin_address.port(), tunnel_address.port()]);
-        let registry = Registry::new(&config, reserved, directory.clone(), metrics.clone())?;
+        let registry = Registry::new(
+            &config,
+            reserved,
+            directory.clone(),
+            metrics.clone(),
+            memory,
+            saver.clone(),
+        )?;
         let shared = Arc::new(Shared {
             pool: Pool::new(config.server.max_buffered),
             tls: tls.clone(),
@@ -189,9 +221,15 @@ impl Server {
                 }
             })?);
         }
-        let looking = tls.map(look_at_certificates).transpose()?;
-        let (stop_looking, looking) = looking.unzip();
-        threads.extend(looking);
+        let stop_looking = tls.map(look_at_certificates).transpose()?;
+        if let (Some(file), Some(saver)) = (state_file, saver.clone()) {
+            let registry = registry.clone();
+            let keep = move || state_file::keep(&file, &saver, || registry.memory());
+            // Not among the threads that are joined: a disk may hold it.
+            std::thread::Builder::new()
+                .name("silo-state".into())
+                .spawn(keep)?;
+        }
         let state = AdminState {
             directory,
             metrics,
@@ -225,6 +263,7 @@ impl Server {
             stop_admin,
             _stop_looking: stop_looking,
             threads,
+            saver,
             admin,
         })
     }
@@ -294,12 +333,14 @@ impl Server {
         self.stop_admin.cancel();
         let Self {
             threads,
+            saver,
             admin,
-            _stop_looking,
             ..
         } = self;
-        drop(_stop_looking);
         let joined = tokio::task::spawn_blocking(move || {
+            if saver.is_some_and(|saver| !saver.finish(LAST_WRITE)) {
+                warn!("http.state_file: the disk doesn't take the last write");
+            }
             for thread in threads {
                 if thread.join().is_err() {
                     error!("a worker thread panicked");
@@ -396,11 +437,9 @@ fn request_ids() -> io::Result<RequestIds> {
 }
 
 /// Says what is to be said of the certificates' time, now and once a day, and has the files read
-/// again when they have changed: on a thread of its own, since files can be slow. It ends when the
-/// sender is dropped.
-fn look_at_certificates(
-    tls: Arc<ServerTls>,
-) -> io::Result<(mpsc_std::SyncSender<Infallible>, JoinHandle<()>)> {
+/// again when they have changed: on a thread of its own, since files can be slow, and for that
+/// reason not waited for either. It ends when the sender is dropped.
+fn look_at_certificates(tls: Arc<ServerTls>) -> io::Result<mpsc_std::SyncSender<Infallible>> {
     let warn_of_expiry = |tls: &ServerTls| {
         for warning in tls.warnings(SystemTime::now()) {
             warn!("{warning}");
@@ -408,7 +447,7 @@ fn look_at_certificates(
     };
     warn_of_expiry(&tls);
     let (stop, stopped) = mpsc_std::sync_channel(0);
-    let thread = std::thread::Builder::new()
+    std::thread::Builder::new()
         .name("silo-certificates".into())
         .spawn(move || {
             let mut warned = Instant::now();
@@ -422,7 +461,7 @@ fn look_at_certificates(
                 }
             }
         })?;
-    Ok((stop, thread))
+    Ok(stop)
 }
 
 /// Runs a future on a thread and one-thread runtime of its own. When it ends, so do the tasks it

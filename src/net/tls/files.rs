@@ -493,3 +493,60 @@ pub(super) fn warnings(
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn validity_at_its_edges() {
+        let day = Duration::from_secs(24 * 60 * 60);
+        let start = UNIX_EPOCH + day * 20_000;
+        let info = CertificateInfo {
+            subject: String::new(),
+            issuer: String::new(),
+            is_authority: false,
+            hosts: Vec::new(),
+            uris: Vec::new(),
+            not_before: start,
+            not_after: start + day * 30,
+        };
+        let shown = |now| info.validity(now).to_string();
+        assert_eq!(
+            shown(start - Duration::from_secs(1)),
+            "isn't valid before 2024-10-04 00:00:00 UTC"
+        );
+        assert_eq!(shown(start), "is valid to 2024-11-03 00:00:00 UTC");
+        assert_eq!(
+            shown(start + day * 30 - SOON),
+            "is valid to 2024-11-03 00:00:00 UTC"
+        );
+        assert_eq!(
+            shown(start + day * 28),
+            "expires on 2024-11-03 00:00:00 UTC, in 2 days"
+        );
+        assert!(info.validity(start + day * 30).is_valid());
+        assert_eq!(
+            shown(start + day * 31),
+            "expired on 2024-11-03 00:00:00 UTC"
+        );
+        assert_eq!(time(-1), UNIX_EPOCH - Duration::from_secs(1));
+        assert_eq!(Date(time(-1)).to_string(), "a date before 1970");
+    }
+
+    #[test]
+    fn addresses_in_certificates() {
+        assert_eq!(address(&[127, 0, 0, 1]).as_deref(), Some("127.0.0.1"));
+        let mut v6 = [0; 16];
+        v6[15] = 1;
+        assert_eq!(address(&v6).as_deref(), Some("::1"));
+        assert_eq!(address(&[1, 2, 3]), None);
+    }
+
+    #[test]
+    fn rubbish_is_no_certificate() {
+        for bytes in [&b""[..], b"0", &[0x30, 0x80, 0, 0], &[0xff; 64]] {
+            assert_eq!(CertificateInfo::read(&CertificateDer::from(bytes)), None);
+        }
+    }
+}

@@ -100,3 +100,70 @@ impl<T> Reloading<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault() -> TlsFault {
+        rustls::Error::HandshakeNotComplete.into()
+    }
+
+    #[test]
+    fn files_are_read_when_they_have_changed() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        let files = [&*file];
+        std::fs::write(&file, "1").unwrap();
+        let read = || Ok(std::fs::read_to_string(&file).unwrap());
+        let reloading = Reloading::new(&files, read).unwrap();
+        let unread = || -> Result<String, TlsFault> { panic!("nothing has changed") };
+        for tell in [Tell::Once, Tell::AtSecondLook] {
+            assert!(reloading.look(&files, tell, unread).unwrap().is_none());
+        }
+        assert!(reloading.look(&files, Tell::Now, read).unwrap().is_some());
+
+        // Another file in its place, of the same size.
+        let other = directory.path().join("other");
+        std::fs::write(&other, "2").unwrap();
+        std::fs::rename(&other, &file).unwrap();
+        let new = reloading.look(&files, Tell::AtSecondLook, read).unwrap();
+        assert_eq!(**new.unwrap(), *"2");
+        assert_eq!(*reloading.current(), "2");
+
+        // Another behind a link.
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let before = Stamps::of(&[&link]);
+        std::fs::write(&other, "3").unwrap();
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink(&other, &link).unwrap();
+        assert_ne!(Stamps::of(&[&link]), before);
+    }
+
+    #[test]
+    fn a_fault_is_told_once_and_changes_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        let files = [&*file];
+        let reloading = Reloading::new(&files, || Ok(1)).unwrap();
+        let look = |tell| reloading.look(&files, tell, || Err(fault()));
+
+        std::fs::write(&file, "x").unwrap();
+        assert!(look(Tell::AtSecondLook).unwrap().is_none());
+        assert!(look(Tell::AtSecondLook).is_err());
+        assert!(look(Tell::AtSecondLook).unwrap().is_none());
+        std::fs::write(&file, "xx").unwrap();
+        assert!(look(Tell::Once).is_err());
+        assert!(look(Tell::Once).unwrap().is_none());
+        assert!(look(Tell::Now).is_err());
+        assert_eq!(*reloading.current(), 1);
+
+        // What was half replaced at the first look is whole at the second.
+        std::fs::write(&file, "xxx").unwrap();
+        assert!(look(Tell::AtSecondLook).unwrap().is_none());
+        let whole = reloading.look(&files, Tell::AtSecondLook, || Ok(2));
+        assert!(whole.unwrap().is_some());
+        assert_eq!(*reloading.current(), 2);
+    }
+}

@@ -1,0 +1,334 @@
+//! Logging: lines for people or for machines, on standard error.
+//!
+//! Nobody who logs waits for whoever reads: lines go through a [`Spool`], and where they can't be
+//! written as fast as they come, some are dropped and counted.
+
+mod spool;
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::fmt;
+use std::io::{self, IsTerminal};
+use std::panic::PanicHookInfo;
+use std::str::FromStr;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use thiserror::Error;
+use tracing::{Level, enabled, error, warn};
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
+use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
+
+pub use spool::{LogFile, Output, Report, Spool, Stderr, Stdout};
+
+/// How many bytes of lines may wait to be written: some thousand lines, more than a burst of
+/// agents that all come back at once.
+const QUEUE: usize = 1024 * 1024;
+
+/// How long the process's end may wait for its last lines: a pipe that nobody reads must not
+/// keep it.
+const FLUSH: Duration = Duration::from_secs(1);
+
+/// Crates below this one. Their `info` is our `trace`: they log every connection and stream, so
+/// they stay at `warn` unless a directive names them.
+const QUIET: [&str; 7] = [
+    "h2",
+    "hyper",
+    "hyper_util",
+    "mio",
+    "rustls",
+    "tonic",
+    "tower",
+];
+
+/// What is logged: a level, or directives in the manner of `RUST_LOG`, separated by commas, such
+/// as `info,silo_proxy::mux=trace`.
+///
+/// It has been checked: [`init`] takes it as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Filter(String);
+
+/// Why a text is no [`Filter`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error(
+    "expected off, error, warn, info, debug or trace, or directives such as info,silo_proxy::mux=trace"
+)]
+pub struct InvalidFilter;
+
+impl Filter {
+    /// The directives as they were written, without blanks between them.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The directives with the crates below at `warn` unless they are named.
+    fn quieted(&self) -> String {
+        let named = |target: &str| {
+            self.0.split(',').any(|directive| {
+                let directive = directive.trim();
+                directive
+                    .strip_prefix(target)
+                    .is_some_and(|rest| rest.is_empty() || rest.starts_with(['=', ':', '[']))
+            })
+        };
+        let mut all: String = QUIET
+            .into_iter()
+            .filter(|target| !named(target))
+            .map(|target| format!("{target}=warn,"))
+            .collect();
+        all.push_str(&self.0);
+        all
+    }
+}
+
+impl Default for Filter {
+    /// `info`: the life of agents, and what an operator should know.
+    fn default() -> Self {
+        Self("info".into())
+    }
+}
+
+impl FromStr for Filter {
+    type Err = InvalidFilter;
+
+    fn from_str(text: &str) -> Result<Self, InvalidFilter> {
+        let words: Vec<&str> = text.split(',').map(str::trim).collect();
+        for word in &words {
+            // The library takes a misspelt level for a target of that name, and logs nothing.
+            let bare = !word.contains(['=', '[', ']', '}', '"']);
+            if word.is_empty() || bare && word.parse::<LevelFilter>().is_err() {
+                return Err(InvalidFilter);
+            }
+        }
+        let text = words.join(",");
+        EnvFilter::builder().parse(&text).or(Err(InvalidFilter))?;
+        Ok(Self(text))
+    }
+}
+
+impl fmt::Display for Filter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// How a line of the log looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Format {
+    /// For people: time, level, target, message, `name=value`.
+    #[default]
+    Text,
+    /// For machines: one JSON object a line with `timestamp`, `level`, `target`, `message` and the
+    /// fields.
+    Json,
+}
+
+impl Format {
+    /// As it is written.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
+}
+
+/// Why a text is no [`Format`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("expected text or json")]
+pub struct InvalidFormat;
+
+impl FromStr for Format {
+    type Err = InvalidFormat;
+
+    fn from_str(text: &str) -> Result<Self, InvalidFormat> {
+        [Self::Text, Self::Json]
+            .into_iter()
+            .find(|format| format.as_str() == text)
+            .ok_or(InvalidFormat)
+    }
+}
+
+/// Why logging could not be started.
+#[derive(Debug, Error)]
+pub enum InitError {
+    /// The thread that writes could not be started.
+    #[error("cannot start logging: {0}")]
+    Thread(#[from] io::Error),
+    /// Logging was started before.
+    #[error("cannot start logging: {0}")]
+    Twice(#[from] TryInitError),
+}
+
+/// The process's log, to change what goes there.
+#[derive(Debug, Clone)]
+pub struct Telemetry {
+    filter: reload::Handle<EnvFilter, Registry>,
+}
+
+impl Telemetry {
+    /// Logs what `filter` says from now on.
+    pub fn set_filter(&self, filter: &Filter) {
+        // It could fail only if logging had ended, and it ends with the process.
+        let _ = self.filter.reload(EnvFilter::new(filter.quieted()));
+    }
+}
+
+/// The lines of the process's log. Set once, by [`init`].
+static LINES: OnceLock<Spool> = OnceLock::new();
+
+/// Starts logging for the whole process, panics included, with colours if standard error is a
+/// terminal. Whoever ends the process calls [`flush`] before.
+///
+/// Fails when logging was started before, or when the process may have no more threads.
+pub fn init(filter: &Filter, format: Format) -> Result<Telemetry, InitError> {
+    if LINES.get().is_none() {
+        // Were there two, the second would end unused.
+        let _ = LINES.set(Spool::start("silo-log", QUEUE, Stderr, |report| {
+            // What can't be written to standard error can't be said there either.
+            if let Report::Dropped(lines) = report {
+                warn!(
+                    lines,
+                    "log lines were dropped: standard error was not read in time"
+                );
+            }
+        })?);
+    }
+    let (level, filter) = reload::Layer::new(EnvFilter::new(filter.quieted()));
+    let lines = tracing_subscriber::fmt::layer().with_writer(Lines);
+    let lines = match format {
+        Format::Text => lines
+            .compact()
+            .with_ansi(io::stderr().is_terminal())
+            .boxed(),
+        Format::Json => lines
+            .json()
+            .flatten_event(true)
+            .with_current_span(false)
+            .with_span_list(false)
+            .boxed(),
+    };
+    tracing_subscriber::registry()
+        .with(level)
+        .with(lines)
+        .try_init()?;
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if enabled!(Level::ERROR) {
+            log_panic(panic);
+        } else {
+            before(panic);
+        }
+        // Where panics abort, this was the last word.
+        flush();
+    }));
+    Ok(Telemetry { filter })
+}
+
+/// Waits until everything logged so far has been written, a second at most.
+pub fn flush() {
+    if let Some(lines) = LINES.get() {
+        lines.flush(FLUSH);
+    }
+}
+
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let thread = std::thread::current();
+    let thread = thread.name().unwrap_or("?");
+    let payload = panic.payload();
+    let message = payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("?");
+    let place = panic.location().map(ToString::to_string);
+    let place = place.as_deref().unwrap_or("?");
+    // Captured if RUST_BACKTRACE says so.
+    let backtrace = Backtrace::capture();
+    if backtrace.status() == BacktraceStatus::Captured {
+        error!(thread, place, %backtrace, "panicked: {message}");
+    } else {
+        error!(thread, place, "panicked: {message}");
+    }
+}
+
+/// Makes the writers through which events become lines of [`LINES`].
+struct Lines;
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = Line;
+
+    fn make_writer(&'a self) -> Line {
+        Line
+    }
+}
+
+/// Takes each event as one piece.
+struct Line;
+
+impl io::Write for Line {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if let Some(lines) = LINES.get() {
+            lines.push(line);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filter(text: &str) -> Filter {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn levels_and_directives_are_taken() {
+        for text in [
+            "off",
+            "info",
+            "TRACE",
+            "info,silo_proxy::mux=trace",
+            "silo_proxy[session{agent_id=agent-1}]=trace",
+        ] {
+            assert_eq!(filter(text).as_str(), text);
+        }
+        for text in [
+            "",
+            "inof",
+            "info,",
+            "silo_proxy::mux",
+            "a=b",
+            "info=info=info",
+            "[",
+            "x={",
+        ] {
+            assert!(text.parse::<Filter>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn crates_below_stay_quiet_unless_named() {
+        let quieted = filter("debug").quieted();
+        assert!(quieted.contains("h2=warn,") && quieted.contains("hyper=warn,"));
+        assert!(quieted.ends_with(",debug"));
+
+        let named = filter("info,h2=trace,hyper::proto=debug").quieted();
+        assert!(!named.contains("h2=warn") && !named.contains("hyper=warn"));
+        assert!(named.contains("hyper_util=warn") && named.contains("tonic=warn"));
+    }
+
+    #[test]
+    fn every_filter_that_was_taken_can_be_used() {
+        for text in ["off", "info", "info,silo_proxy::mux=trace,h2=debug"] {
+            assert!(EnvFilter::builder().parse(filter(text).quieted()).is_ok());
+        }
+    }
+}
