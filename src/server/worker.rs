@@ -20,7 +20,7 @@ use tokio::time::{Instant, MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::ingress::visitor::{self, Watched};
+use super::ingress::{self, Watched};
 use super::registry::Registry;
 use super::session::{Connection, TunnelService};
 use super::tenancy::Tenancy;
@@ -196,7 +196,7 @@ impl Worker {
         match job {
             Job::Visitors(tenancy, batch) => {
                 for accepted in batch {
-                    visitor::admit(self, &tenancy, accepted);
+                    ingress::admit(self, &tenancy, accepted);
                 }
             }
             Job::Agents(batch) => {
