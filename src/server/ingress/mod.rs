@@ -51,7 +51,8 @@ impl Visit {
         watched: Arc<Watched>,
         peer: IpAddr,
     ) -> Self {
-        let trusted = &worker.shared().config.http.trusted_proxies;
+        let config = worker.shared().config();
+        let trusted = &config.http.trusted_proxies;
         let is_trusted = trusted.iter().any(|block| block.contains(peer));
         Self {
             forwarding: Forwarding::new(peer, is_trusted),
@@ -117,7 +118,12 @@ async fn forward(
     let (parts, body) = request.into_parts();
     let holds_back = parts.version == Version::HTTP_11 && awaits_go_ahead(&parts.headers);
     let mut upload = UploadGuard::default();
-    let (exchange, head_size) = match open(visit, &parts, &body) {
+    let (opened, max_body) = {
+        let config = visit.worker.shared().config();
+        let limits = &config.http;
+        (open(visit, &parts, &body, limits), limits.max_body)
+    };
+    let (exchange, head_size) = match opened {
         Ok(opened) => opened,
         Err(fault) => {
             // Where the connection closes anyway, the rest of the body is left to the lingering.
@@ -137,6 +143,7 @@ async fn forward(
             upload: shared,
             body,
             received: 0,
+            max_body,
         };
         if holds_back {
             // Reading the body would tell the visitor to go on, which is for the service to say.
@@ -197,8 +204,8 @@ fn open(
     visit: &Visit,
     parts: &http::request::Parts,
     body: &Incoming,
+    limits: &HttpConfig,
 ) -> Result<(Exchange, usize), Fault> {
-    let limits = &visit.worker.shared().config.http;
     let target = Target::of(&parts.uri);
     let head_size = check_size(parts, &target, limits)?;
     check_request(
@@ -354,6 +361,8 @@ struct Pump {
     upload: Arc<Upload>,
     body: Incoming,
     received: u64,
+    /// The limit of `received`, as it was when the request came.
+    max_body: Option<u64>,
 }
 
 /// How a pump ended.
@@ -418,8 +427,7 @@ impl Pump {
             match frame.into_data() {
                 Ok(data) => {
                     self.received += data.len() as u64;
-                    let limit = self.visit.worker.shared().config.http.max_body;
-                    if limit.is_some_and(|limit| self.received > limit) {
+                    if self.max_body.is_some_and(|limit| self.received > limit) {
                         self.fail(TOO_LARGE, Reason::Cancelled);
                         return Poll::Ready(Pumped::Unwanted);
                     }

@@ -53,18 +53,20 @@ pub(in crate::server) fn admit(worker: &Arc<Worker>, tenancy: &Arc<Tenancy>, acc
 }
 
 async fn serve(stream: TcpStream, peer: SocketAddr, place: Place) {
-    let limits = &place.worker.shared().config.http;
     let io = Metered {
         stream,
         watched: place.watched.clone(),
         worker: place.worker.clone(),
     };
     let mut builder = hyper::server::conn::http1::Builder::new();
-    builder
-        // The service's own date is passed on; ours would be a second opinion.
-        .auto_date_header(false)
-        .max_buf_size(limits.max_head + HEAD_SLACK)
-        .max_headers(limits.max_header_lines + LINES_SLACK);
+    {
+        let config = place.worker.shared().config();
+        builder
+            // The service's own date is passed on; ours would be a second opinion.
+            .auto_date_header(false)
+            .max_buf_size(config.http.max_head + HEAD_SLACK)
+            .max_headers(config.http.max_header_lines + LINES_SLACK);
+    }
     let visit = Arc::new(Visit::new(
         place.worker.clone(),
         place.tenancy.clone(),
@@ -128,7 +130,8 @@ impl Place {
         address: IpAddr,
     ) -> Result<Self, Refusal> {
         let shared = worker.shared();
-        let limits = &shared.config.http;
+        let config = shared.config();
+        let limits = &config.http;
         let watched = Watched::new(tenancy.clone(), worker.now());
         let all = shared.visitors.fetch_add(1, Relaxed);
         tenancy.stats.connections_open.inc();
