@@ -27,6 +27,7 @@ use tracing::debug;
 
 use super::place::{Order, Place};
 use super::reply::{Asked, Reply};
+use crate::config::HttpConfig;
 use crate::head::{RequestHead, ResponseHead};
 use crate::headers::{
     Forwarding, Framing, Refusal, RequestFacts, Version, check_request, forward_request,
@@ -81,13 +82,38 @@ struct Visitor {
     peer: SocketAddr,
     place: Place,
     forwarding: Forwarding,
-    limits: HeadLimits,
+    /// What the request under way may be; taken anew for each.
+    limits: Limits,
     /// What has come and wasn't used yet.
     input: BytesMut,
     /// How much to ask for next.
     read_size: usize,
     /// What waits for the visitor to take it.
     out: Outgoing,
+}
+
+/// How large a request may be.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    head: HeadLimits,
+    body: Option<u64>,
+}
+
+impl Limits {
+    fn of(settings: &HttpConfig) -> Self {
+        Self {
+            head: HeadLimits {
+                line: settings.max_request_line,
+                head: settings.max_head,
+                lines: settings.max_header_lines,
+            },
+            body: settings.max_body,
+        }
+    }
+
+    fn is_too_large(&self, body: u64) -> bool {
+        self.body.is_some_and(|limit| body > limit)
+    }
 }
 
 /// Why a connection is over.
@@ -116,18 +142,15 @@ impl From<io::Error> for Over {
 
 impl Visitor {
     fn new(stream: TcpStream, peer: SocketAddr, place: Place) -> Self {
-        let settings = &place.worker.shared().config.http;
-        let is_trusted = settings
+        let config = place.worker.shared().config();
+        let is_trusted = config
+            .http
             .trusted_proxies
             .iter()
             .any(|block| block.contains(peer.ip()));
         Self {
             forwarding: Forwarding::new(peer.ip(), is_trusted),
-            limits: HeadLimits {
-                line: settings.max_request_line,
-                head: settings.max_head,
-                lines: settings.max_header_lines,
-            },
+            limits: Limits::of(&config.http),
             stream,
             peer,
             place,
@@ -157,7 +180,7 @@ impl Visitor {
 
     /// Serves the next request on the connection.
     async fn next_request(&mut self) -> Result<(), Over> {
-        let mut scan = HeadScan::default();
+        let mut scan = None;
         let head = poll_fn(|cx| self.poll_head(&mut scan, cx)).await?;
         self.place.exchange_begins();
         let mut serving = match head {
@@ -184,7 +207,7 @@ impl Visitor {
     /// Waits for a whole head: how long it is, or that it is too large.
     fn poll_head(
         &mut self,
-        scan: &mut HeadScan,
+        scan: &mut Option<HeadScan>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Result<usize, TooLarge>, Over>> {
         self.place.watched.task.register(cx.waker());
@@ -192,17 +215,20 @@ impl Visitor {
             if self.place.watched.ordered() != Order::None {
                 return Poll::Ready(Err(Over::Cut));
             }
-            match scan.scan(&self.input, self.limits) {
-                Ok(Some(end)) => return Poll::Ready(Ok(Ok(end))),
-                Err(too_large) => return Poll::Ready(Ok(Err(too_large))),
-                Ok(None) => {}
-            }
             if self.input.is_empty() {
                 // An idle connection holds no buffers.
                 self.input = BytesMut::new();
                 self.out.shrink();
             } else {
-                self.place.head_begins();
+                let scan = scan.get_or_insert_with(|| {
+                    self.limits = Limits::of(&self.place.worker.shared().config().http);
+                    HeadScan::default()
+                });
+                match scan.scan(&self.input, self.limits.head) {
+                    Ok(Some(end)) => return Poll::Ready(Ok(Ok(end))),
+                    Err(too_large) => return Poll::Ready(Ok(Err(too_large))),
+                    Ok(None) => self.place.head_begins(),
+                }
             }
             if ready!(self.poll_fill(cx))? == 0 {
                 return Poll::Ready(Err(Over::Closed));
@@ -344,7 +370,7 @@ impl Serving {
         let mut asked = UNKNOWN;
         let mut framing = None;
         let head = &visitor.input[..head];
-        let opened = parse_request(head, visitor.limits.lines, |line, fields| {
+        let opened = parse_request(head, visitor.limits.head.lines, |line, fields| {
             asked.version = line.version;
             asked.to_head = line.method == b"HEAD";
             let facts = check_request(line.method, line.target, line.version, fields.iter())
@@ -468,7 +494,7 @@ impl Serving {
                 Ok(Piece::Data(data)) => {
                     moved = true;
                     self.received += data.len() as u64;
-                    if visitor.place.is_too_large(self.received) {
+                    if visitor.limits.is_too_large(self.received) {
                         exchange.abort(Reason::Cancelled);
                         self.fail_upload(visitor, Fault::BodyTooLarge);
                         return Ok(true);
@@ -714,7 +740,7 @@ impl Visitor {
         facts: RequestFacts,
     ) -> Result<Exchange, Fault> {
         if let Framing::Length(length) = facts.framing
-            && self.place.is_too_large(length)
+            && self.limits.is_too_large(length)
         {
             return Err(Fault::BodyTooLarge);
         }

@@ -32,7 +32,8 @@ impl Place {
         address: IpAddr,
     ) -> Result<Self, Refusal> {
         let shared = worker.shared();
-        let limits = &shared.config.http;
+        let config = shared.config();
+        let limits = &config.http;
         let watched = Watched::new(tenancy.clone(), worker.now());
         let all = shared.visitors.fetch_add(1, Relaxed);
         tenancy.stats.connections_open.inc();
@@ -93,12 +94,6 @@ impl Place {
     /// Whether bytes wait for the visitor to take them. Bytes he took begin the time anew.
     pub(super) fn writing(&self, blocked: bool) {
         since(&self.watched.writing_since, blocked, self.worker.now());
-    }
-
-    /// Whether a body of so many bytes is larger than allowed.
-    pub(super) fn is_too_large(&self, bytes: u64) -> bool {
-        let limit = self.worker.shared().config.http.max_body;
-        limit.is_some_and(|limit| bytes > limit)
     }
 
     /// Counts bytes of a request's body.
