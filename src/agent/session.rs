@@ -147,7 +147,7 @@ pub(super) async fn dial(
     let first_byte = stream.first_byte();
     let greeted = async {
         let stream = match &agent.shared.tls {
-            None => Stream::Plain(stream),
+            None => Stream::Left(stream),
             Some(tls) => {
                 tls.look();
                 tls.connect(stream).await?

@@ -1,18 +1,14 @@
 //! The local service: how to connect to it, and what it wants to see.
 
 use std::io;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::HeaderValue;
 use rustls::pki_types::ServerName;
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_util::either::Either;
 
 use crate::config::{HostHeader, HostPort, LocalConfig, Scheme, ServiceUrl};
 use crate::net::tls::{Stream, TlsFault};
@@ -78,16 +74,12 @@ impl Service {
     async fn connect_untimed(&self) -> io::Result<ServiceStream> {
         let tcp = net::dial::connect(&self.address.host, self.address.port).await?;
         tcp.set_nodelay(true)?;
-        let io = match &self.tls {
-            None => Stream::Plain(tcp),
+        Ok(match &self.tls {
+            None => Either::Left(tcp),
             Some((connector, name)) => {
                 let stream = connector.connect(name.clone(), tcp).await?;
-                Stream::Tls(Box::new(stream.into()))
+                Either::Right(Box::new(stream.into()))
             }
-        };
-        Ok(ServiceStream {
-            io,
-            traffic: Arc::default(),
         })
     }
 }
@@ -108,93 +100,5 @@ fn own_host(url: &ServiceUrl) -> String {
     }
 }
 
-/// A connection to the service that counts its bytes.
-pub(super) struct ServiceStream {
-    io: Stream<TcpStream>,
-    traffic: Arc<Traffic>,
-}
-
-/// The bytes a connection has carried. Whether a request may be sent again depends on them.
-///
-/// Relaxed throughout: the connection and whoever asks are one task.
-#[derive(Debug, Default)]
-pub(super) struct Traffic {
-    read: AtomicU64,
-    written: AtomicU64,
-}
-
-impl Traffic {
-    /// Bytes read and written.
-    pub(super) fn now(&self) -> (u64, u64) {
-        (
-            self.read.load(Ordering::Relaxed),
-            self.written.load(Ordering::Relaxed),
-        )
-    }
-
-    fn note(counter: &AtomicU64, bytes: usize) {
-        // One task writes: no read-modify-write needed.
-        counter.store(
-            counter.load(Ordering::Relaxed).wrapping_add(bytes as u64),
-            Ordering::Relaxed,
-        );
-    }
-}
-
-impl ServiceStream {
-    pub(super) fn traffic(&self) -> Arc<Traffic> {
-        self.traffic.clone()
-    }
-
-    fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(Ok(bytes)) = result {
-            Traffic::note(&self.traffic.written, bytes);
-        }
-        result
-    }
-}
-
-impl AsyncRead for ServiceStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let result = Pin::new(&mut self.io).poll_read(cx, buffer);
-        Traffic::note(&self.traffic.read, buffer.filled().len() - before);
-        result
-    }
-}
-
-impl AsyncWrite for ServiceStream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.io).poll_write(cx, buffer);
-        self.wrote(result)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffers: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.io).poll_write_vectored(cx, buffers);
-        self.wrote(result)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-}
+/// A connection to the service.
+pub(super) type ServiceStream = Stream<TcpStream>;

@@ -109,7 +109,7 @@ impl AgentTls {
             .set_certificate_verifier(explaining.clone());
         let connector = TlsConnector::from(Arc::new(config));
         match connector.connect(self.name.clone(), stream).await {
-            Ok(stream) => Ok(Stream::Tls(Box::new(stream.into()))),
+            Ok(stream) => Ok(Stream::Right(Box::new(stream.into()))),
             Err(error) => Err(match explaining.refused.get() {
                 Some(refused) => Failed::Refused(refused.clone()),
                 None => error.into(),

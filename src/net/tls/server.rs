@@ -134,7 +134,7 @@ impl ServerTls {
             (Some(agents), Some([first, rest @ ..])) => judge(&**agents, first, rest),
             _ => PeerCertificate::None,
         };
-        Ok((Stream::Tls(Box::new(stream.into())), certificate))
+        Ok((Stream::Right(Box::new(stream.into())), certificate))
     }
 }
 

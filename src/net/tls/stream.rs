@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::TlsStream;
+use tokio_util::either::Either;
 
 /// What a TLS alert begins with (RFC 8446, section 5.1): no frame that HTTP/2 begins with does.
 pub const TLS_ALERT: u8 = 21;
@@ -15,64 +16,8 @@ pub const TLS_ALERT: u8 = 21;
 /// What a TLS connection begins with (RFC 8446, section 5.1).
 pub const TLS_HANDSHAKE: u8 = 22;
 
-/// See the module.
-#[derive(Debug)]
-pub enum Stream<S> {
-    /// In clear.
-    Plain(S),
-    /// Boxed: ten times the size of the other.
-    Tls(Box<TlsStream<S>>),
-}
-
-/// Calls the same on either.
-macro_rules! either {
-    ($stream:expr, $io:ident => $call:expr) => {
-        match $stream {
-            Stream::Plain($io) => $call,
-            Stream::Tls($io) => $call,
-        }
-    };
-}
-
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Stream<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        either!(&mut *self, io => Pin::new(io).poll_read(cx, buffer))
-    }
-}
-
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Stream<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        either!(&mut *self, io => Pin::new(io).poll_write(cx, bytes))
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        either!(&mut *self, io => Pin::new(io).poll_write_vectored(cx, slices))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        either!(self, io => io.is_write_vectored())
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        either!(&mut *self, io => Pin::new(io).poll_flush(cx))
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        either!(&mut *self, io => Pin::new(io).poll_shutdown(cx))
-    }
-}
+/// In clear on the left, TLS on the right; that is boxed, being ten times the size of the other.
+pub type Stream<S> = Either<S, Box<TlsStream<S>>>;
 
 /// A socket that notes the first byte it gave: when what follows isn't understood, that byte says
 /// what the peer speaks.
