@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http_body::Frame;
@@ -15,59 +15,80 @@ use serde::{Serialize, Serializer};
 use crate::metrics::Gauge;
 use crate::server::directory::{Row, Snapshot};
 
-/// The size from which a piece of the list is handed on. A row is some 400 bytes.
-pub(super) const PIECE_BYTES: usize = 32 * 1024;
+/// How many rows make a piece of the list: of some 400 bytes each, about what is buffered ahead of
+/// a peer. A fixed number, so that answers from one snapshot fall into the same pieces.
+pub(super) const PIECE_ROWS: usize = 80;
+
+/// How old the live figures of a shared piece may be: as old as the rows.
+const FRESH: Duration = Duration::from_millis(50);
 
 /// `{"agents":[...],"count":N}`, rendered as it is sent, from one snapshot: the members are those
-/// of one moment, the live figures those of the moment each row is written.
+/// of one moment, the live figures those of the moment each piece is written.
 pub(super) struct AgentList {
     snapshot: Arc<Snapshot>,
-    pub(super) stage: Stage,
-    /// Rendered ahead, to find out whether it is all.
-    pub(super) first: Option<Bytes>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stage {
-    /// The row at this index is next.
-    Row(usize),
-    /// The closing bracket was written.
-    Done,
+    /// Where pieces are taken from and left, if they may be shared.
+    shared: Option<Arc<SharedPieces>>,
+    /// The next piece's number.
+    next: usize,
 }
 
 impl AgentList {
+    /// The list with the figures of the moment.
     pub(super) fn new(snapshot: Arc<Snapshot>) -> Self {
         Self {
             snapshot,
-            stage: Stage::Row(0),
-            first: None,
+            shared: None,
+            next: 0,
         }
     }
 
-    /// Renders until the piece is full or the list complete; empty once it is.
-    pub(super) fn piece(&mut self) -> serde_json::Result<Bytes> {
-        let Stage::Row(start) = self.stage else {
-            return Ok(Bytes::new());
-        };
+    /// The list for one of many who get it at the same time. The figures may be 50 ms old.
+    pub(super) fn shared(snapshot: Arc<Snapshot>, pieces: Arc<SharedPieces>) -> Self {
+        Self {
+            snapshot,
+            shared: Some(pieces),
+            next: 0,
+        }
+    }
+
+    /// How many pieces there are, at least one.
+    pub(super) fn pieces(&self) -> usize {
+        self.snapshot.rows().len().div_ceil(PIECE_ROWS).max(1)
+    }
+
+    /// The next piece; none after the last.
+    pub(super) fn piece(&mut self) -> serde_json::Result<Option<Bytes>> {
+        if self.next == self.pieces() {
+            return Ok(None);
+        }
+        let number = self.next;
+        self.next += 1;
+        match &self.shared {
+            Some(shared) => shared.piece(&self.snapshot, number, || self.render(number)),
+            None => self.render(number),
+        }
+        .map(Some)
+    }
+
+    fn render(&self, number: usize) -> serde_json::Result<Bytes> {
         let rows = self.snapshot.rows();
-        let mut piece = Vec::with_capacity(PIECE_BYTES + 1024);
+        let start = number * PIECE_ROWS;
+        let end = rows.len().min(start + PIECE_ROWS);
+        let mut piece = Vec::with_capacity((end - start) * 512 + 64);
         if start == 0 {
             piece.extend_from_slice(br#"{"agents":["#);
         }
-        for (index, row) in rows.iter().enumerate().skip(start) {
-            if piece.len() >= PIECE_BYTES {
-                self.stage = Stage::Row(index);
-                return Ok(piece.into());
-            }
+        for (index, row) in rows.iter().enumerate().take(end).skip(start) {
             if index > 0 {
                 piece.push(b',');
             }
             serde_json::to_writer(&mut piece, &Agent(row))?;
         }
-        piece.extend_from_slice(br#"],"count":"#);
-        serde_json::to_writer(&mut piece, &rows.len())?;
-        piece.push(b'}');
-        self.stage = Stage::Done;
+        if end == rows.len() {
+            piece.extend_from_slice(br#"],"count":"#);
+            serde_json::to_writer(&mut piece, &rows.len())?;
+            piece.push(b'}');
+        }
         Ok(piece.into())
     }
 }
@@ -80,18 +101,61 @@ impl http_body::Body for AgentList {
         mut self: Pin<&mut Self>,
         _cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, serde_json::Error>>> {
-        let piece = match self.first.take() {
-            Some(first) => Ok(first),
-            None => self.piece(),
-        };
-        Poll::Ready(match piece {
-            Ok(piece) if piece.is_empty() => None,
-            piece => Some(piece.map(Frame::data)),
-        })
+        Poll::Ready(self.piece().map(|piece| piece.map(Frame::data)).transpose())
     }
 
     fn is_end_stream(&self) -> bool {
-        self.first.is_none() && self.stage == Stage::Done
+        self.next == self.pieces()
+    }
+}
+
+/// The pieces of the newest list, rendered once for all pollers whom a change has woken: for a
+/// thousand of them and ten thousand agents the admin thread would have to write 4 GB of JSON
+/// otherwise. Holds one list at most, until the next one is asked for.
+#[derive(Debug, Default)]
+pub(super) struct SharedPieces {
+    /// Used on the admin thread alone, while a piece is rendered.
+    pieces: Mutex<Pieces>,
+}
+
+#[derive(Debug, Default)]
+struct Pieces {
+    snapshot: Arc<Snapshot>,
+    /// By number, with the time when it was rendered.
+    rendered: Vec<Option<(Instant, Bytes)>>,
+}
+
+impl SharedPieces {
+    fn piece(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        number: usize,
+        render: impl FnOnce() -> serde_json::Result<Bytes>,
+    ) -> serde_json::Result<Bytes> {
+        let now = Instant::now();
+        let mut pieces = self.pieces.lock().unwrap_or_else(PoisonError::into_inner);
+        if pieces.snapshot.revision() > snapshot.revision() {
+            // A slow reader of an older list is alone with it.
+            return render();
+        }
+        if !Arc::ptr_eq(&pieces.snapshot, snapshot) {
+            *pieces = Pieces {
+                snapshot: snapshot.clone(),
+                rendered: Vec::new(),
+            };
+        }
+        let rendered = &mut pieces.rendered;
+        if rendered.len() <= number {
+            rendered.resize(number + 1, None);
+        }
+        match &rendered[number] {
+            Some((at, piece)) if now.saturating_duration_since(*at) < FRESH => Ok(piece.clone()),
+            _ => {
+                let piece = render()?;
+                rendered[number] = Some((now, piece.clone()));
+                Ok(piece)
+            }
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 //! No answer ever carries a CORS header: a page in somebody's browser has no business here.
 
 mod access;
+mod etag;
 mod list;
 mod listener;
 mod readiness;
@@ -16,26 +17,30 @@ mod readiness;
 mod tests;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::pin::pin;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, State};
+use axum::extract::{Path, RawQuery, State};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use http::StatusCode;
-use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, ETAG};
+use http::{HeaderMap, HeaderName, StatusCode};
 use serde::Serialize;
 
-use self::access::check_key;
-use self::list::{Agent, AgentList, Stage};
+use self::access::{check_host, check_key};
+use self::etag::Tag;
+use self::list::{Agent, AgentList, SharedPieces};
 use self::listener::{LIMITS, Limits, accept, set_up};
 pub use self::readiness::{Readiness, ReadyState, Step};
-use crate::id::{AgentId, Secret};
+use crate::auth::ApiKey;
+use crate::id::AgentId;
 use crate::metrics::{self, Metrics};
 use crate::server::directory::Directory;
 
@@ -48,8 +53,9 @@ pub struct AdminState {
     pub metrics: Arc<Metrics>,
     /// What `GET /ready` answers.
     pub readiness: Arc<Readiness>,
-    /// Asked for on everything but `GET /health`; without one, everybody who can connect may read.
-    pub api_key: Option<Secret>,
+    /// Asked for on everything but `GET /health`; without one, everybody who can connect may read,
+    /// unless it may be a web page of another host.
+    pub api_key: ApiKey,
 }
 
 /// The running admin port.
@@ -63,7 +69,7 @@ impl Admin {
     /// Serves `listener` on a new thread until `shutdown` completes; then running answers have a
     /// second to end.
     ///
-    /// Fails if the thread, its runtime or the socket can't be set up.
+    /// Fails if the thread, its runtime or the socket can't be set up, or without random bytes.
     pub fn start(
         listener: TcpListener,
         state: AdminState,
@@ -80,6 +86,14 @@ impl Admin {
     ) -> io::Result<Self> {
         let address = listener.local_addr()?;
         listener.set_nonblocking(true)?;
+        let mut instance = [0; 8];
+        getrandom::fill(&mut instance).map_err(io::Error::other)?;
+        let context = Arc::new(Context {
+            state,
+            bound: address.ip().to_canonical(),
+            instance: u64::from_ne_bytes(instance),
+            pieces: Arc::default(),
+        });
         let (started, outcome) = mpsc::sync_channel(1);
         // The runtime is built where it runs and ends, since none can be dropped on a thread that
         // runs another one.
@@ -89,7 +103,7 @@ impl Admin {
                 Ok((runtime, listener)) => {
                     // The receiver waits for exactly this message.
                     let _ = started.send(Ok(()));
-                    runtime.block_on(accept(limits, listener, router(state), shutdown));
+                    runtime.block_on(run(limits, listener, context, shutdown));
                 }
                 Err(error) => {
                     let _ = started.send(Err(error));
@@ -113,8 +127,36 @@ impl Admin {
     }
 }
 
-fn router(state: AdminState) -> Router {
-    let state = Arc::new(state);
+/// What every request may need.
+#[derive(Debug)]
+struct Context {
+    state: AdminState,
+    /// The port's own address, which a request without a key may name as its host.
+    bound: IpAddr,
+    /// This start of the server, for tags.
+    instance: u64,
+    /// For answers to those who waited.
+    pieces: Arc<SharedPieces>,
+}
+
+async fn run(
+    limits: Limits,
+    listener: tokio::net::TcpListener,
+    context: Arc<Context>,
+    shutdown: impl Future<Output = ()>,
+) {
+    let state = &context.state;
+    let shutdown = async {
+        shutdown.await;
+        state.readiness.drain();
+    };
+    tokio::select! {
+        () = accept(limits, listener, router(context.clone()), shutdown) => {}
+        () = state.directory.keep_current() => {}
+    }
+}
+
+fn router(context: Arc<Context>) -> Router {
     // A route is behind the key unless it is named outside of `keyed`; so is every unknown path.
     let keyed = Router::new()
         .route("/ready", get(ready))
@@ -122,22 +164,20 @@ fn router(state: AdminState) -> Router {
         .route("/agents/{id}", get(agent))
         .route("/metrics", get(scrape))
         .fallback(unknown)
-        .layer(middleware::from_fn_with_state(
-            Arc::clone(&state),
-            check_key,
-        ));
+        .layer(middleware::from_fn_with_state(context.clone(), check_key));
     Router::new()
         .route("/health", get(health))
         .merge(keyed)
-        .with_state(state)
+        .layer(middleware::from_fn_with_state(context.clone(), check_host))
+        .with_state(context)
 }
 
 async fn health() -> Response {
     json(StatusCode::OK, r#"{"status":"ok"}"#)
 }
 
-async fn ready(State(state): State<Arc<AdminState>>) -> Response {
-    let ready = state.readiness.state();
+async fn ready(State(context): State<Arc<Context>>) -> Response {
+    let ready = context.state.readiness.state();
     let status = match ready {
         ReadyState::Ready => StatusCode::OK,
         ReadyState::Starting { .. } | ReadyState::Draining => StatusCode::SERVICE_UNAVAILABLE,
@@ -145,40 +185,109 @@ async fn ready(State(state): State<Arc<AdminState>>) -> Response {
     rendered(status, serde_json::to_vec(&ready))
 }
 
-async fn agents(State(state): State<Arc<AdminState>>) -> Response {
-    let mut list = AgentList::new(state.directory.read());
-    let first = match list.piece() {
-        Ok(first) => first,
-        Err(error) => return failed(&error),
+/// The longest wait for a change. Shorter than the 60 s or more after which proxies and load
+/// balancers give up an answer would be safer still, but who asks knows what is in between.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
+/// The list, unless the poller has it already. With `wait` he then gets it once it changes. The
+/// limit of connections is that of waiters, and each costs what a connection does.
+async fn agents(
+    State(context): State<Arc<Context>>,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+) -> Response {
+    let Ok(wait) = wait(query.as_deref().unwrap_or_default()) else {
+        let detail = "wait is a time of at most 60s, given once, such as /agents?wait=30s";
+        return problem(StatusCode::BAD_REQUEST, detail);
     };
-    // A short list has a length; a long one goes out piece by piece.
-    if list.stage == Stage::Done {
-        json(StatusCode::OK, first)
-    } else {
-        list.first = Some(first);
-        json(StatusCode::OK, Body::new(list))
+    let Context {
+        state, instance, ..
+    } = &*context;
+    let mut newest = state.directory.watch();
+    let mut ends = state.readiness.ends();
+    let mut over = pin!(tokio::time::sleep(wait.unwrap_or_default()));
+    loop {
+        let snapshot = newest.borrow_and_update().clone();
+        let tag = Tag {
+            instance: *instance,
+            revision: snapshot.revision(),
+        };
+        if !tag.is_named(&headers) {
+            let list = match wait {
+                Some(_) => AgentList::shared(snapshot, context.pieces.clone()),
+                None => AgentList::new(snapshot),
+            };
+            return listed(list, tag);
+        }
+        tokio::select! {
+            biased;
+            Ok(()) = newest.changed(), if wait.is_some() => {}
+            () = over.as_mut(), if wait.is_some() => return unchanged(tag),
+            _ = ends.changed(), if wait.is_some() => return unchanged(tag),
+            else => return unchanged(tag),
+        }
     }
 }
 
+/// Reads `wait` from a query. Names that nobody knows are passed over, as in any query.
+fn wait(query: &str) -> Result<Option<Duration>, ()> {
+    let mut values = query
+        .split('&')
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .filter(|(name, _)| *name == "wait");
+    let Some((_, value)) = values.next() else {
+        return Ok(None);
+    };
+    let wait = humantime::parse_duration(value).or(Err(()))?;
+    match values.next() {
+        None if wait <= LONGEST_WAIT => Ok(Some(wait)),
+        _ => Err(()),
+    }
+}
+
+fn listed(mut list: AgentList, tag: Tag) -> Response {
+    // A short list has a length; a long one goes out piece by piece.
+    let body = match list.pieces() {
+        1 => match list.piece() {
+            Ok(piece) => Body::from(piece.unwrap_or_default()),
+            Err(error) => return failed(&error),
+        },
+        _ => Body::new(list),
+    };
+    (tagged(tag), [(CONTENT_TYPE, "application/json")], body).into_response()
+}
+
+fn unchanged(tag: Tag) -> Response {
+    (StatusCode::NOT_MODIFIED, tagged(tag)).into_response()
+}
+
+/// A poller may keep the list, and asks each time whether it still holds.
+fn tagged(tag: Tag) -> [(HeaderName, String); 2] {
+    [
+        (ETAG, tag.to_string()),
+        (CACHE_CONTROL, "private, no-cache".into()),
+    ]
+}
+
 async fn agent(
-    State(state): State<Arc<AdminState>>,
+    State(context): State<Arc<Context>>,
     id: Result<Path<String>, PathRejection>,
 ) -> Response {
     let Some(id) = id.ok().and_then(|Path(id)| id.parse::<AgentId>().ok()) else {
         return problem(StatusCode::BAD_REQUEST, "this is no agent id");
     };
-    match state.directory.read().get(id.as_str()) {
+    match context.state.directory.read().get(id.as_str()) {
         Some(row) => rendered(StatusCode::OK, serde_json::to_vec(&Agent(row))),
         None => problem(StatusCode::NOT_FOUND, "no agent of this id is here"),
     }
 }
 
-async fn scrape(State(state): State<Arc<AdminState>>) -> Response {
+async fn scrape(State(context): State<Arc<Context>>) -> Response {
     let headers = [
         (CONTENT_TYPE, metrics::CONTENT_TYPE),
         (CACHE_CONTROL, "no-store"),
     ];
-    (headers, state.metrics.render()).into_response()
+    (headers, context.state.metrics.render()).into_response()
 }
 
 async fn unknown() -> Response {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Serialize;
+use tokio::sync::watch;
 
 /// Whether the server is ready for agents and visitors: a latch that each step of the start
 /// releases, and that drain sets again for good.
@@ -11,6 +12,8 @@ use serde::Serialize;
 pub struct Readiness {
     /// Held only to look or to change; the admin thread reads it, start and drain write it.
     inner: Mutex<Latch>,
+    /// Ends the waits for a change of the list, so that nobody who waits holds up the end.
+    ends: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -36,9 +39,16 @@ impl Readiness {
         }
     }
 
-    /// The server drains: it isn't ready any more and won't be again.
+    /// The server drains: it isn't ready any more and won't be again. Whoever waits for a change
+    /// of the list is answered now.
     pub fn drain(&self) {
         self.lock().draining = true;
+        self.ends.send_replace(());
+    }
+
+    /// Says when the next [`Readiness::drain`] comes.
+    pub(super) fn ends(&self) -> watch::Receiver<()> {
+        self.ends.subscribe()
     }
 
     /// The state now.

@@ -1,6 +1,6 @@
 //! The admin port as pollers meet it.
 
-use super::list::PIECE_BYTES;
+use super::list::PIECE_ROWS;
 use super::*;
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -10,7 +10,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-use crate::id::Generation;
+use crate::id::{Generation, Secret};
 use crate::server::directory::{AgentStats, Row, RowState, Snapshot};
 
 const KEY: &str = "correct horse";
@@ -36,7 +36,7 @@ impl Server {
             directory: Arc::clone(&directory),
             metrics: Arc::clone(&metrics),
             readiness: Arc::clone(&readiness),
-            api_key,
+            api_key: ApiKey::new(api_key),
         };
         let (stop, stopped) = oneshot::channel();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -63,7 +63,7 @@ impl Server {
         let mut stream = self.connect();
         write!(
             stream,
-            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{lines}\r\n"
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{lines}\r\n"
         )
         .unwrap();
         let mut bytes = Vec::new();
@@ -109,6 +109,13 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap()
     }
 
+    /// The value of a header line, in lower case as the whole head is.
+    fn header(&self, name: &str) -> String {
+        let mut lines = self.head.lines();
+        let found = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        found.unwrap_or_default().to_owned()
+    }
+
     fn has(&self, line: &str) -> bool {
         self.head.lines().any(|found| found == line)
     }
@@ -146,9 +153,24 @@ fn row(id: &str, port: u16) -> Row {
     }
 }
 
+/// Adds agents and waits until they are listed.
 fn publish(server: &Server, rows: Vec<Row>) {
-    let rows = rows.into_iter().map(Arc::new).collect();
-    server.directory.publish(Arc::new(Snapshot::new(1, rows)));
+    let count = rows.len();
+    for row in rows {
+        server.directory.add(Arc::new(row));
+    }
+    wait_until(server, |snapshot| snapshot.rows().len() == count);
+}
+
+fn wait_until(server: &Server, listed: impl FnMut(&Snapshot) -> bool) {
+    let mut listed = listed;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let mut newest = server.directory.watch();
+    runtime
+        .block_on(newest.wait_for(|snapshot| listed(snapshot)))
+        .unwrap();
 }
 
 #[test]
@@ -269,24 +291,23 @@ fn eight_thousand_agents_arrive_whole_and_in_order() {
 
 #[test]
 fn a_list_of_any_length_is_well_formed() {
-    for count in [0, 1, 2, 79, 80, 81, 82, 83, 84, 85, 400] {
-        let rows = (0..count)
-            .map(|n| Arc::new(row(&format!("a{n}"), 1)))
-            .collect();
-        let mut list = AgentList::new(Arc::new(Snapshot::new(1, rows)));
-        let mut all = Vec::new();
-        loop {
-            let piece = list.piece().unwrap();
-            if piece.is_empty() {
-                break;
-            }
-            assert!(piece.len() < PIECE_BYTES + 1024);
-            all.extend_from_slice(&piece);
+    let server = Server::start();
+    let mut there = 0;
+    for count in [0, 1, 2, 79, 80, 81, 159, 160, 161, 400] {
+        let rows = there..count;
+        for n in rows {
+            server.directory.add(Arc::new(row(&format!("a{n}"), 1)));
         }
-        let list: Value = serde_json::from_slice(&all).unwrap();
-        assert_eq!(list["count"], count);
-        assert_eq!(list["agents"].as_array().unwrap().len(), count);
+        there = count;
+        wait_until(&server, |snapshot| snapshot.rows().len() == count);
+        for query in ["", "?wait=0s"] {
+            let list = server.get(&format!("/agents{query}")).json();
+            assert_eq!(list["count"], count);
+            assert_eq!(list["agents"].as_array().unwrap().len(), count);
+        }
     }
+    assert!(there > 2 * PIECE_ROWS);
+    server.stop();
 }
 
 #[test]
@@ -364,6 +385,156 @@ fn all_but_health_asks_for_the_key() {
 }
 
 #[test]
+fn without_a_key_another_host_is_misdirected() {
+    let server = Server::start();
+    for path in ["/health", "/agents", "/nothing"] {
+        let mut stream = server.connect();
+        let head =
+            format!("GET {path} HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        let answer = Answer::parse(&bytes);
+        assert_eq!(answer.status, 421, "{path}");
+        let detail = answer.json()["detail"].to_string();
+        assert!(detail.contains("http.admin_api_key"), "{detail}");
+    }
+    server.stop();
+}
+
+#[test]
+fn a_list_that_the_poller_has_isnt_sent_again() {
+    let server = Server::start();
+    let empty = server.get("/agents").header("etag");
+    publish(&server, vec![row("a", 8100)]);
+    let first = server.get("/agents");
+    let tag = first.header("etag");
+    assert!(first.has("cache-control: private, no-cache"));
+    assert!(tag.starts_with("w/\"") && tag != empty, "{tag}");
+
+    let ask = |method, tag: &str| {
+        let line = format!("If-None-Match: {}\r\n", tag.replace("w/", "W/"));
+        server.ask(method, "/agents", &line)
+    };
+    for method in ["GET", "HEAD"] {
+        for tag in [&tag, "*", &format!("\"x\", {tag}")] {
+            let same = ask(method, tag);
+            assert_eq!((same.status, same.body.len()), (304, 0), "{method} {tag}");
+            assert_eq!(same.header("etag"), first.header("etag"));
+            assert!(same.has("cache-control: private, no-cache"));
+        }
+        assert_eq!(ask(method, &empty).status, 200);
+    }
+    // Live figures don't move it; whatever else a row shows does.
+    let mut again = row("a", 8100);
+    again.stats.requests.inc();
+    assert_eq!(ask("GET", &tag).status, 304);
+    again.state = RowState::Leased;
+    server.directory.replace(Arc::new(again));
+    wait_until(&server, |now| now.rows()[0].state == RowState::Leased);
+    let leased = ask("GET", &tag);
+    assert_eq!(leased.status, 200);
+    assert_eq!(leased.json()["agents"][0]["state"], "leased");
+    server.directory.remove(&"a".parse().unwrap());
+    wait_until(&server, |now| now.rows().is_empty());
+    // The same members as at first, but later.
+    assert_eq!(ask("GET", &empty).status, 200);
+    assert_eq!(ask("GET", &leased.header("etag")).json()["count"], 0);
+
+    // Another start of the server has other tags.
+    let restarted = Server::start();
+    assert_ne!(restarted.get("/agents").header("etag"), empty);
+    restarted.stop();
+    server.stop();
+}
+
+#[test]
+fn a_wait_ends_with_a_change_or_with_its_time() {
+    let server = Server::start();
+    let tag = server.get("/agents").header("etag").replace("w/", "W/");
+    let line = format!("If-None-Match: {tag}\r\n");
+
+    let over = server.ask("GET", "/agents?wait=50ms", &line);
+    assert_eq!((over.status, over.body.len()), (304, 0));
+    assert_eq!(server.ask("HEAD", "/agents?x&wait=0s", &line).status, 304);
+    // Without a tag there is nothing to wait for.
+    assert_eq!(server.get("/agents?wait=60s").status, 200);
+
+    let mut waiters: Vec<TcpStream> = (0..20).map(|_| server.connect()).collect();
+    for waiter in &mut waiters {
+        let head = format!(
+            "GET /agents?wait=60s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{line}\r\n"
+        );
+        waiter.write_all(head.as_bytes()).unwrap();
+    }
+    publish(
+        &server,
+        (0..200).map(|n| row(&format!("a{n}"), 1)).collect(),
+    );
+    for mut waiter in waiters {
+        let mut bytes = Vec::new();
+        waiter.read_to_end(&mut bytes).unwrap();
+        let answer = Answer::parse(&bytes);
+        assert_eq!(answer.status, 200);
+        let list = answer.json();
+        // Each has a whole list, of the first change or of a later one.
+        assert_eq!(list["agents"].as_array().unwrap().len(), list["count"]);
+        assert_ne!(list["count"], 0);
+    }
+    server.stop();
+}
+
+#[test]
+fn who_waits_is_answered_when_the_server_drains_and_when_it_ends() {
+    let server = Server::start();
+    let tag = server.get("/agents").header("etag").replace("w/", "W/");
+    let wait = || {
+        let mut stream = server.connect();
+        let head = format!(
+            "GET /agents?wait=60s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nIf-None-Match: {tag}\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        // Whoever asks later is answered later, so this one waits by then.
+        assert_eq!(server.get("/health").status, 200);
+        stream
+    };
+    let answered = |mut stream: TcpStream| {
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        Answer::parse(&bytes).status
+    };
+    let first = wait();
+    server.readiness.drain();
+    assert_eq!(answered(first), 304);
+    // A new wait isn't answered at once, or its poller would ask without a pause.
+    let second = wait();
+    drop(server.stop);
+    assert_eq!(answered(second), 304);
+    server.admin.join();
+}
+
+#[test]
+fn a_wait_that_makes_no_sense_is_a_problem() {
+    let server = Server::start();
+    for query in [
+        "wait",
+        "wait=",
+        "wait=30",
+        "wait=-1s",
+        "wait=61s",
+        "wait=1h",
+        "wait=1s&wait=1s",
+        "wait=999999999999y",
+    ] {
+        let answer = server.get(&format!("/agents?{query}"));
+        assert_eq!(answer.status, 400, "{query}");
+        assert!(answer.has("content-type: application/problem+json"));
+        assert!(answer.json()["detail"].to_string().contains("60s"));
+    }
+    server.stop();
+}
+
+#[test]
 fn metrics_are_open_metrics() {
     let server = Server::start();
     server.metrics.registrations.inc();
@@ -381,7 +552,7 @@ fn one_connection_serves_many_polls() {
     let mut stream = server.connect();
     for _ in 0..3 {
         stream
-            .write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            .write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             .unwrap();
         let mut bytes = Vec::new();
         while !bytes.ends_with(br#"{"status":"ok"}"#) {
@@ -434,7 +605,7 @@ fn one_connection_too_many_is_closed_at_once() {
     let mut first = server.connect();
     // Once it is answered, the first connection surely has the slot.
     first
-        .write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        .write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         .unwrap();
     assert_ne!(first.read(&mut [0; 512]).unwrap(), 0);
     assert!(matches!(server.connect().read(&mut [0; 1]), Ok(0) | Err(_)));
@@ -458,7 +629,7 @@ fn a_poller_who_stops_reading_is_cut() {
     // More than the sockets' buffers hold.
     for _ in 0..20 {
         stalled
-            .write_all(b"GET /agents HTTP/1.1\r\nHost: x\r\n\r\n")
+            .write_all(b"GET /agents HTTP/1.1\r\nHost: localhost\r\n\r\n")
             .unwrap();
     }
     assert_ne!(stalled.read(&mut [0; 1]).unwrap(), 0);
@@ -466,7 +637,7 @@ fn a_poller_who_stops_reading_is_cut() {
     let begun = std::time::Instant::now();
     loop {
         let mut next = server.connect();
-        let _ = next.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+        let _ = next.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
         if matches!(next.read(&mut [0; 1]), Ok(1)) {
             break;
         }
