@@ -42,6 +42,7 @@ use self::registry::Registry;
 pub use self::state_file::StateFileError;
 use self::state_file::{Moment, Signal, StateFile};
 use self::worker::{Job, JobSender, Shared, Worker};
+use crate::auth::ApiKey;
 use crate::config::ServerConfig;
 use crate::headers::RequestIds;
 use crate::metrics::{Metrics, Refusal};
@@ -235,7 +236,7 @@ impl Server {
             directory,
             metrics,
             readiness: readiness.clone(),
-            api_key: shared.config().http.admin_api_key.clone(),
+            api_key: ApiKey::new(shared.config().http.admin_api_key.clone()),
         };
         let admin = Admin::start(admin_listener, state, stop_admin.clone().cancelled_owned())?;
         serving.release();
