@@ -3,6 +3,7 @@
 mod agent;
 pub mod agents;
 mod demo;
+mod notify;
 mod server;
 pub mod services;
 mod swarm;

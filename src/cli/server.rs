@@ -1,5 +1,8 @@
 //! `silo-proxy server`: accepts agents and their visitors, until told to stop.
 
+use std::sync::Arc;
+
+use super::notify::Manager;
 use super::{
     ConfigArg, Outcome, block_on, raise_descriptor_limit, sources, start_log, told_to_stop,
 };
@@ -36,12 +39,23 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
         // Without a handler a SIGHUP would end the server, and it is what reloads other programs.
         let mut hangup = signal(SignalKind::hangup()).map_err(Failure::failed)?;
         let server = Server::start(config).map_err(Failure::failed)?;
+        let manager = Arc::new(Manager::from_environment());
+        let status = format!(
+            "serving: agents connect to {}, the admin port is {}",
+            server.tunnel_address(),
+            server.admin_address()
+        );
+        manager.ready(&status);
+        let reloaded = manager.clone();
         tokio::spawn(async move {
             while hangup.recv().await.is_some() {
+                reloaded.reloading();
                 warn!("SIGHUP: settings can't be reloaded yet; restart the server");
+                reloaded.ready(&status);
             }
         });
         told.await;
+        manager.stopping();
         server.shutdown().await;
         Ok(())
     })?
