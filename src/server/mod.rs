@@ -28,6 +28,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
+use arc_swap::ArcSwap;
 use dashmap::DashMap;
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc};
@@ -147,7 +148,7 @@ impl Server {
             sweeps: (0..worker_count).map(|_| Arc::new(Notify::new())).collect(),
             metrics: metrics.clone(),
             registry: registry.clone(),
-            config,
+            config: ArcSwap::from_pointee(config),
         });
 
         let mut workers = Vec::new();
@@ -163,7 +164,7 @@ impl Server {
             shared: shared.clone(),
             queues,
         };
-        let (mut acceptor, handle) = Acceptor::new(shared.config.http.agent_host, dispatcher)?;
+        let (mut acceptor, handle) = Acceptor::new(shared.config().http.agent_host, dispatcher)?;
         acceptor.adopt(tunnel_listener, TUNNEL_LISTENER)?;
         registry.set_acceptor(handle.clone());
 
@@ -217,7 +218,7 @@ impl Server {
             directory,
             metrics,
             readiness: readiness.clone(),
-            api_key: ApiKey::new(shared.config.http.admin_api_key.clone()),
+            api_key: ApiKey::new(shared.config().http.admin_api_key.clone()),
         };
         let admin = Admin::start(admin_listener, state, stop_admin.clone().cancelled_owned())?;
         serving.release();
@@ -226,13 +227,13 @@ impl Server {
             tunnel = %tunnel_address,
             ports = %format_args!(
                 "{}-{}",
-                shared.config.http.agent_port_range.start(),
-                shared.config.http.agent_port_range.end()
+                shared.config().http.agent_port_range.start(),
+                shared.config().http.agent_port_range.end()
             ),
             workers = worker_count,
             "server started"
         );
-        if shared.config.grpc.auth.is_open() && !tunnel_address.ip().is_loopback() {
+        if shared.config().grpc.auth.is_open() && !tunnel_address.ip().is_loopback() {
             info!("no credential is configured: agents are accepted from this host only");
         }
         Ok(Self {
@@ -286,7 +287,7 @@ impl Server {
                 looks.tick().await;
             }
         };
-        if tokio::time::timeout(self.shared.config.server.grace, at_rest)
+        if tokio::time::timeout(self.shared.config().server.grace, at_rest)
             .await
             .is_err()
         {

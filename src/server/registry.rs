@@ -289,7 +289,9 @@ impl Registry {
         let mut state = self.lock();
         let allocation = Allocation(key);
         match outcome {
-            Ok(()) => state.allocator.bound(port, allocation),
+            Ok(()) => state
+                .allocator
+                .bound(port, allocation, self.epoch.elapsed()),
             Err(error) => {
                 self.metrics.bind_failures.inc();
                 debug!(port, %error, "port could not be bound");
