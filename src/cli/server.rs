@@ -1,5 +1,8 @@
 //! `silo-proxy server`: accepts agents and their visitors, until told to stop.
 
+use std::sync::Arc;
+
+use super::notify::Manager;
 use super::{
     ConfigArg, Outcome, block_on, raise_descriptor_limit, sources, start_log, told_to_stop,
 };
@@ -40,17 +43,28 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
             error => Failure::failed(error),
         })?;
         let tls = server.tls().cloned();
+        let manager = Arc::new(Manager::from_environment());
+        let status = format!(
+            "serving: agents connect to {}, the admin port is {}",
+            server.tunnel_address(),
+            server.admin_address()
+        );
+        manager.ready(&status);
+        let reloaded = manager.clone();
         tokio::spawn(async move {
             while hangup.recv().await.is_some() {
+                reloaded.reloading();
                 if let Some(tls) = &tls {
                     tls.refresh();
                 }
                 warn!(
                     "SIGHUP: certificates are read again, but other settings can't be reloaded yet; restart the server"
                 );
+                reloaded.ready(&status);
             }
         });
         told.await;
+        manager.stopping();
         server.shutdown().await;
         Ok(())
     })?
