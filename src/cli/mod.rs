@@ -14,10 +14,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tokio::signal::unix::{SignalKind, signal};
-use tracing::{info, warn};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::{error, info, warn};
 
-use crate::config::{ConfigError, LogConfig, Sources};
+use crate::config::{Changes, ConfigError, LogConfig, Sources};
 use crate::telemetry::{self, Telemetry};
 
 /// A reverse tunnel: every agent behind NAT gets an HTTP port of its own.
@@ -154,6 +154,33 @@ fn told_to_stop() -> Result<impl Future<Output = ()>, Failure> {
             std::process::exit(1);
         });
     })
+}
+
+/// Each SIGHUP since the call, which needs a tokio runtime. Without it a SIGHUP would end the
+/// process.
+fn told_to_reload() -> Result<Signal, Failure> {
+    signal(SignalKind::hangup()).map_err(Failure::failed)
+}
+
+/// Says that new settings hold, and which of them don't. Values may be secret, so only paths.
+fn reloaded(changes: &Changes) {
+    if !changes.needs_restart.is_empty() {
+        warn!(
+            settings = changes.needs_restart.join(", "),
+            "SIGHUP: these settings have changed, but the old values hold until a restart"
+        );
+    }
+    if changes.applied.is_empty() {
+        info!("SIGHUP: nothing has changed that can change now");
+    } else {
+        let settings = changes.applied.join(", ");
+        info!(settings, "SIGHUP: these settings have changed");
+    }
+}
+
+/// Says why new settings don't hold.
+fn not_reloaded(error: impl Display) {
+    error!("SIGHUP: the settings have faults, so the old ones hold, all of them\n{error}");
 }
 
 /// Writes a line for whoever started the command; not for the log.

@@ -45,6 +45,37 @@ pub struct Setting {
     pub preset: Preset,
     /// What it is for, and why that default.
     pub about: &'static str,
+    /// When a change to it takes effect.
+    pub reload: Reload,
+}
+
+/// When a change to a [`Setting`] takes effect in a process that is told to read its settings
+/// again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reload {
+    /// At once: for what begins from then on, and for what runs where that can be.
+    Now,
+    /// When the process is started anew; until then the old value holds.
+    Restart,
+}
+
+impl fmt::Display for Reload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Now => "yes",
+            Self::Restart => "restart",
+        })
+    }
+}
+
+impl Setting {
+    /// The same setting, whose changes need a restart.
+    const fn fixed(self) -> Self {
+        Self {
+            reload: Reload::Restart,
+            ..self
+        }
+    }
 }
 
 /// What holds when nobody sets a [`Setting`].
@@ -185,6 +216,7 @@ const fn setting(
         kind,
         preset,
         about,
+        reload: Reload::Now,
     }
 }
 
@@ -201,6 +233,7 @@ const fn unset(
         kind,
         preset,
         about,
+        reload: Reload::Now,
     }
 }
 
@@ -216,6 +249,7 @@ const fn required(
         kind,
         preset,
         about,
+        reload: Reload::Now,
     }
 }
 
@@ -235,7 +269,8 @@ const LOG_FORMAT: Setting = setting(
     Kind::LogFormat,
     "text",
     "Lines for people, or `json`: one object a line, with `timestamp`, `level`, `target`, `message` and the fields.",
-);
+)
+.fixed();
 
 const fn grace(path: &'static str) -> Setting {
     setting(
@@ -254,13 +289,15 @@ static SERVER: &[Setting] = &[
         Kind::Address,
         "127.0.0.1",
         "Address of the admin port. Anything but loopback needs `http.admin_api_key`: the list of agents is nobody else's business.",
-    ),
+    )
+    .fixed(),
     setting(
         "http.port",
         count(0, PORT),
         "8080",
         "The admin port: `/health`, `/ready`, `/agents`, `/metrics`. 0 lets the kernel choose.",
-    ),
+    )
+    .fixed(),
     unset(
         "http.admin_api_key",
         Kind::Secret,
@@ -273,7 +310,8 @@ static SERVER: &[Setting] = &[
         Kind::Address,
         "::",
         "Address of the agents' ports. `::` is every address, IPv4 included: these ports are there to be reached.",
-    ),
+    )
+    .fixed(),
     unset(
         "http.public_host",
         Kind::Host,
@@ -312,7 +350,8 @@ static SERVER: &[Setting] = &[
         "none",
         "/var/lib/silo-proxy/ports.json",
         "Where the server writes down who has which port, so that leases and last ports survive a restart. In a directory that it may write to; two more files appear beside it.",
-    ),
+    )
+    .fixed(),
     unset(
         "http.trusted_proxies",
         Kind::Networks,
@@ -408,13 +447,15 @@ static SERVER: &[Setting] = &[
         Kind::Address,
         "::",
         "Address of the tunnel port. `::` is every address, IPv4 included; without a credential in `grpc.auth`, agents on other hosts are rejected all the same.",
-    ),
+    )
+    .fixed(),
     setting(
         "grpc.port",
         count(0, PORT),
         "9090",
         "The tunnel port, to which agents connect. 0 lets the kernel choose.",
-    ),
+    )
+    .fixed(),
     unset(
         "grpc.auth.shared_token",
         Kind::Secret,
@@ -462,7 +503,8 @@ static SERVER: &[Setting] = &[
         count(0, 1024),
         "0",
         "Worker threads; 0 is as many as there are cores.",
-    ),
+    )
+    .fixed(),
     grace("server.grace"),
     setting(
         "server.max_buffered",
@@ -486,13 +528,15 @@ static AGENT: &[Setting] = &[
         Kind::HostPort,
         "proxy.example.com:9090",
         "Host and port of the server's tunnel port. Without a port it is 9090.",
-    ),
+    )
+    .fixed(),
     required(
         "grpc.agent_id",
         Kind::Id,
         "agent-1",
         "The id of this agent: letters, digits, `.`, `_` and `-`, in lower case, at most 63.",
-    ),
+    )
+    .fixed(),
     unset(
         "grpc.token",
         Kind::Secret,
@@ -604,8 +648,8 @@ pub fn environment_name(path: &str) -> String {
 
 /// The settings of `role` as a Markdown table, for the README.
 pub fn markdown(role: Role) -> String {
-    let mut text = String::from("| Setting | Default | Value | What it is for |\n");
-    text.push_str("| --- | --- | --- | --- |\n");
+    let mut text = String::from("| Setting | Default | Value | What it is for | SIGHUP |\n");
+    text.push_str("| --- | --- | --- | --- | --- |\n");
     for setting in table(role) {
         let default = match setting.preset {
             Preset::Value(value) => format!("`{value}`"),
@@ -616,9 +660,13 @@ pub fn markdown(role: Role) -> String {
             true => format!("`{0}`, `{0}_file`", setting.path),
             false => format!("`{}`", setting.path),
         };
+        let reload = match setting.kind {
+            Kind::NotBuilt => String::new(),
+            _ => setting.reload.to_string(),
+        };
         let Setting { kind, about, .. } = setting;
         // Writing to a `String` can't fail.
-        let _ = writeln!(text, "| {path} | {default} | {kind} | {about} |");
+        let _ = writeln!(text, "| {path} | {default} | {kind} | {about} | {reload} |");
     }
     text
 }

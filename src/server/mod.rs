@@ -41,7 +41,7 @@ use self::registry::Registry;
 pub use self::state_file::StateFileError;
 use self::state_file::{Moment, Signal, StateFile};
 use self::worker::{Job, JobSender, Shared, Worker};
-use crate::config::ServerConfig;
+use crate::config::{Changes, ConfigError, ServerConfig};
 use crate::headers::RequestIds;
 use crate::metrics::{Metrics, Refusal};
 use crate::mux::Pool;
@@ -80,6 +80,27 @@ pub enum StartError {
     /// A thread or its runtime could not be set up.
     #[error("cannot start: {0}")]
     Threads(#[from] io::Error),
+}
+
+/// Why new settings could not be taken up; the old ones still hold, all of them.
+#[derive(Debug, Error)]
+pub enum ReloadError {
+    /// What can't change while the server runs contradicts what can.
+    #[error("what needs a restart to change contradicts the rest: {0}")]
+    Contradiction(#[from] ConfigError),
+    /// The pinned ports contradict each other or the server's own.
+    #[error("http.static_ports: {0}")]
+    Pins(#[from] PinError),
+}
+
+/// What became of new settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reloaded {
+    /// Which settings have changed, and which would have to.
+    pub changes: Changes,
+    /// How many agents are on a port that the settings wouldn't give them any more: they keep it
+    /// until they leave. Always 0 unless something about ports has changed.
+    pub draining: usize,
 }
 
 /// A running server. Dropping it leaves its threads running; end it by [`Server::shutdown`].
@@ -138,10 +159,7 @@ impl Server {
         let shared = Arc::new(Shared {
             pool: Pool::new(config.server.max_buffered),
             visitors: AtomicUsize::new(0),
-            addresses: config
-                .http
-                .max_connections_per_address
-                .map(|_| DashMap::new()),
+            addresses: DashMap::new(),
             handshakes: Mutex::new(BTreeMap::new()),
             tunnels: (0..worker_count).map(|_| AtomicUsize::new(0)).collect(),
             sweeps: (0..worker_count).map(|_| Arc::new(Notify::new())).collect(),
@@ -263,6 +281,35 @@ impl Server {
     /// The counters.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.shared.metrics
+    }
+
+    /// The settings that hold now.
+    pub fn config(&self) -> Arc<ServerConfig> {
+        self.shared.config_to_keep()
+    }
+
+    /// Goes by `new` settings from now on, except for those that can't change while the server
+    /// runs; on an error by none of them. Connections, sessions and requests that have begun keep
+    /// the limits with which they began where [`table`](crate::config::table) doesn't say
+    /// otherwise, and a session whose credential has changed goes on. `log.level` is left to whoever
+    /// started the log.
+    pub fn reload(&mut self, new: ServerConfig) -> Result<Reloaded, ReloadError> {
+        let (config, changes) = self.config().replaced_by(new)?;
+        let mut draining = 0;
+        if changes.touch(&[
+            "http.agent_port_range.start",
+            "http.agent_port_range.end",
+            "http.static_ports",
+            "http.port_lease",
+        ]) {
+            draining = self.shared.registry.reconfigure(&config)?;
+        }
+        // From here on nothing can fail.
+        self.shared.pool.set_limit(config.server.max_buffered);
+        self.shared.config.store(Arc::new(config));
+        // Visitors of ports that have been released are to notice.
+        self.shared.sweep_all();
+        Ok(Reloaded { changes, draining })
     }
 
     /// Drains and ends the server: it isn't ready any more, its ports close, kept-alive
