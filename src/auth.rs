@@ -92,6 +92,11 @@ impl ApiKey {
         Self(key)
     }
 
+    /// Whether no key is asked for.
+    pub fn is_open(&self) -> bool {
+        self.0.is_none()
+    }
+
     /// Whether a caller may go on, from the values of his `X-API-Key` and `Authorization` headers.
     ///
     /// Either is enough, and a wrong one does no harm beside a right one. The scheme `Bearer` is

@@ -167,20 +167,21 @@ fn reloaded(changes: &Changes) {
     if !changes.needs_restart.is_empty() {
         warn!(
             settings = changes.needs_restart.join(", "),
-            "SIGHUP: these settings have changed, but the old values hold until a restart"
+            "SIGHUP: changes of these need a restart; until then their old values hold"
         );
     }
-    if changes.applied.is_empty() {
-        info!("SIGHUP: nothing has changed that can change now");
-    } else {
-        let settings = changes.applied.join(", ");
-        info!(settings, "SIGHUP: these settings have changed");
-    }
+    let changed = match &changes.applied[..] {
+        [] => "none".to_owned(),
+        paths => paths.join(", "),
+    };
+    info!(changed, "SIGHUP: settings reloaded");
 }
 
 /// Says why new settings don't hold.
 fn not_reloaded(error: impl Display) {
-    error!("SIGHUP: the settings have faults, so the old ones hold, all of them\n{error}");
+    // One line, however many faults.
+    let faults = error.to_string().replace('\n', "; ");
+    error!("SIGHUP: not reloaded, so the old settings hold, all of them: {faults}");
 }
 
 /// Writes a line for whoever started the command; not for the log.

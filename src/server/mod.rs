@@ -41,6 +41,7 @@ use self::registry::Registry;
 pub use self::state_file::StateFileError;
 use self::state_file::{Moment, Signal, StateFile};
 use self::worker::{Job, JobSender, Shared, Worker};
+use crate::auth::ApiKey;
 use crate::config::{Changes, ConfigError, ServerConfig};
 use crate::headers::RequestIds;
 use crate::metrics::{Metrics, Refusal};
@@ -117,6 +118,8 @@ pub struct Server {
     /// To the thread that writes the state file, if there is one.
     saver: Option<Arc<Signal>>,
     admin: Admin,
+    /// The admin port's, to be replaced.
+    api_key: Arc<ArcSwap<ApiKey>>,
 }
 
 impl Server {
@@ -231,11 +234,13 @@ impl Server {
                 .name("silo-state".into())
                 .spawn(keep)?;
         }
+        let api_key = ApiKey::new(shared.config().http.admin_api_key.clone());
+        let api_key = Arc::new(ArcSwap::from_pointee(api_key));
         let state = AdminState {
             directory,
             metrics,
             readiness: readiness.clone(),
-            api_key: shared.config().http.admin_api_key.clone(),
+            api_key: api_key.clone(),
         };
         let admin = Admin::start(admin_listener, state, stop_admin.clone().cancelled_owned())?;
         serving.release();
@@ -265,6 +270,7 @@ impl Server {
             threads,
             saver,
             admin,
+            api_key,
         })
     }
 
@@ -306,6 +312,8 @@ impl Server {
         }
         // From here on nothing can fail.
         self.shared.pool.set_limit(config.server.max_buffered);
+        let api_key = ApiKey::new(config.http.admin_api_key.clone());
+        self.api_key.store(Arc::new(api_key));
         self.shared.config.store(Arc::new(config));
         // Visitors of ports that have been released are to notice.
         self.shared.sweep_all();
