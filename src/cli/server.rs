@@ -9,7 +9,7 @@ use super::{
     start_log, told_to_reload, told_to_stop,
 };
 use crate::config::{ConfigError, ServerConfig};
-use crate::server::{Reloaded, Server};
+use crate::server::{Reloaded, Server, StartError};
 use crate::telemetry::Telemetry;
 
 /// Run the server: agents connect to it, visitors reach them through it
@@ -37,11 +37,20 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
         // Before anything is bound, so that no signal finds the server half started.
         let mut told = pin!(told_to_stop()?);
         let mut hangup = told_to_reload()?;
-        let mut server = Server::start(config).map_err(Failure::failed)?;
+        let mut server = Server::start(config).map_err(|error| match error {
+            StartError::Tls(fault) => Failure::usage(fault),
+            error => Failure::failed(error),
+        })?;
         loop {
             tokio::select! {
                 () = &mut told => break,
-                _ = hangup.recv() => reload(&mut server, &telemetry, load()),
+                _ = hangup.recv() => {
+                    // They are files of their own, and don't wait for the settings to be right.
+                    if let Some(tls) = server.tls() {
+                        tls.refresh();
+                    }
+                    reload(&mut server, &telemetry, load());
+                }
             }
         }
         server.shutdown().await;

@@ -20,10 +20,10 @@ mod table;
 mod value;
 mod yaml;
 
-pub use agent::{AgentConfig, AgentProcess, DialConfig, LocalConfig, LocalTls};
+pub use agent::{AgentConfig, AgentProcess, DialConfig, DialTls, LocalConfig, LocalTls};
 pub use fault::{ConfigError, Fault, FaultKind, Place};
 pub use reload::Changes;
-pub use server::{HttpConfig, ProcessConfig, ServerConfig, TunnelConfig};
+pub use server::{HttpConfig, ProcessConfig, ServerConfig, TunnelConfig, TunnelTls};
 pub use sources::Sources;
 pub use table::{Kind, Preset, Reload, Role, Setting, environment_name, example, markdown, table};
 pub use value::{Cidr, HostHeader, HostPort, InvalidValue, PemFile, Scheme, ServiceUrl};

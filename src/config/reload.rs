@@ -1,6 +1,6 @@
 //! What of new settings a running process can take up.
 
-use super::agent::AgentConfig;
+use super::agent::{AgentConfig, DialTls};
 use super::fault::ConfigError;
 use super::server::ServerConfig;
 use super::sources::{Reader, Sources};
@@ -21,14 +21,37 @@ impl Changes {
     pub fn touch(&self, paths: &[&str]) -> bool {
         self.applied.iter().any(|path| paths.contains(path))
     }
+}
+
+/// A comparison under way.
+struct Comparison {
+    role: Role,
+    changes: Changes,
+}
+
+impl Comparison {
+    fn new(role: Role) -> Self {
+        Self {
+            role,
+            changes: Changes::default(),
+        }
+    }
+
+    /// Notes a change if it is one. For what is compared by hand, where the old value is kept by
+    /// hand, too.
+    fn note_if(&mut self, changed: bool, path: &'static str) {
+        if changed {
+            self.note(path);
+        }
+    }
 
     /// Notes a change, and says whether it takes effect now.
-    fn note(&mut self, role: Role, path: &'static str) -> bool {
-        let setting = table(role).iter().find(|setting| setting.path == path);
+    fn note(&mut self, path: &'static str) -> bool {
+        let setting = table(self.role).iter().find(|setting| setting.path == path);
         let now = setting.is_some_and(|setting| setting.reload == Reload::Now);
         match now {
-            true => self.applied.push(path),
-            false => self.needs_restart.push(path),
+            true => self.changes.applied.push(path),
+            false => self.changes.needs_restart.push(path),
         }
         now
     }
@@ -36,8 +59,8 @@ impl Changes {
 
 /// Compares field by field, and keeps in `$new` what can't change.
 macro_rules! compare {
-    ($role:expr, $old:ident, $new:ident, $changes:ident; $($path:literal: $($field:ident).+,)*) => {
-        $(if $old.$($field).+ != $new.$($field).+ && !$changes.note($role, $path) {
+    ($old:ident, $new:ident, $changes:ident; $($path:literal: $($field:ident).+,)*) => {
+        $(if $old.$($field).+ != $new.$($field).+ && !$changes.note($path) {
             $new.$($field).+ = $old.$($field).+.clone();
         })*
     };
@@ -50,8 +73,8 @@ impl ServerConfig {
     /// Fails if what stays contradicts what changes.
     pub fn replaced_by(&self, mut new: Self) -> Result<(Self, Changes), ConfigError> {
         let old = self;
-        let mut changes = Changes::default();
-        compare! { Role::Server, old, new, changes;
+        let mut changes = Comparison::new(Role::Server);
+        compare! { old, new, changes;
             "log.level": log.level,
             "log.format": log.format,
             "http.host": http.host,
@@ -60,14 +83,10 @@ impl ServerConfig {
             "http.agent_host": http.agent_host,
             "http.public_host": http.public_host,
         }
-        let ranges = (&old.http.agent_port_range, &new.http.agent_port_range);
-        if ranges.0.start() != ranges.1.start() {
-            changes.note(Role::Server, "http.agent_port_range.start");
-        }
-        if ranges.0.end() != ranges.1.end() {
-            changes.note(Role::Server, "http.agent_port_range.end");
-        }
-        compare! { Role::Server, old, new, changes;
+        let [was, is] = [old, &new].map(|config| &config.http.agent_port_range);
+        changes.note_if(was.start() != is.start(), "http.agent_port_range.start");
+        changes.note_if(was.end() != is.end(), "http.agent_port_range.end");
+        compare! { old, new, changes;
             "http.static_ports": http.static_ports,
             "http.port_lease": http.port_lease,
             "http.state_file": http.state_file,
@@ -88,6 +107,7 @@ impl ServerConfig {
             "grpc.port": grpc.port,
             "grpc.auth.shared_token": grpc.auth.shared,
             "grpc.auth.tokens": grpc.auth.tokens,
+            "grpc.tls.client_auth": grpc.auth.certificates,
             "grpc.handshake_timeout": grpc.handshake_timeout,
             "grpc.max_handshakes": grpc.max_handshakes,
             "grpc.heartbeat_interval": grpc.heartbeat_interval,
@@ -97,13 +117,23 @@ impl ServerConfig {
             "server.max_buffered": server.max_buffered,
             "server.max_buffered_per_agent": server.max_buffered_per_agent,
         }
-        if !changes.needs_restart.is_empty() {
+        match (&old.grpc.tls, &new.grpc.tls) {
+            (Some(old), Some(new)) => {
+                changes.note_if(old.cert_file != new.cert_file, "grpc.tls.cert_file");
+                changes.note_if(old.key_file != new.key_file, "grpc.tls.key_file");
+                changes.note_if(old.ca_file != new.ca_file, "grpc.tls.ca_file");
+            }
+            // The files come and go with it.
+            (old, new) => changes.note_if(old.is_some() != new.is_some(), "grpc.tls.enabled"),
+        }
+        new.grpc.tls.clone_from(&old.grpc.tls);
+        if !changes.changes.needs_restart.is_empty() {
             // The new settings agree with each other, but these are not all of them.
             let mut faults = Reader::new(Role::Server, &Sources::none());
             new.reconcile(&mut faults);
             new = faults.finish(new)?;
         }
-        Ok((new, changes))
+        Ok((new, changes.changes))
     }
 }
 
@@ -112,8 +142,8 @@ impl AgentConfig {
     /// can't change while it runs stays as it is.
     pub fn replaced_by(&self, mut new: Self) -> (Self, Changes) {
         let old = self;
-        let mut changes = Changes::default();
-        compare! { Role::Agent, old, new, changes;
+        let mut changes = Comparison::new(Role::Agent);
+        compare! { old, new, changes;
             "log.level": log.level,
             "log.format": log.format,
             "grpc.server_address": grpc.server_address,
@@ -132,12 +162,27 @@ impl AgentConfig {
             "agent.labels": agent.labels,
             "agent.grace": agent.grace,
         }
-        (new, changes)
+        match (&old.grpc.tls, &new.grpc.tls) {
+            (Some(old), Some(new)) => {
+                let files = |tls: &DialTls| tls.identity.clone().unzip();
+                let ((old_cert, old_key), (new_cert, new_key)) = (files(old), files(new));
+                changes.note_if(old.ca_file != new.ca_file, "grpc.tls.ca_file");
+                changes.note_if(old_cert != new_cert, "grpc.tls.cert_file");
+                changes.note_if(old_key != new_key, "grpc.tls.key_file");
+                changes.note_if(old.server_name != new.server_name, "grpc.tls.server_name");
+            }
+            // The rest comes and goes with it.
+            (old, new) => changes.note_if(old.is_some() != new.is_some(), "grpc.tls.enabled"),
+        }
+        new.grpc.tls.clone_from(&old.grpc.tls);
+        (new, changes.changes)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::super::table::{Kind, Preset, Setting, environment_name};
     use super::*;
 
@@ -185,29 +230,51 @@ mod tests {
             (Kind::Certificates, _) => {
                 concat!(env!("CARGO_MANIFEST_DIR"), "/src/agent/tests/service.pem").into()
             }
+            (Kind::ClientAuth, _) => "require".into(),
             (Kind::NotBuilt, path) => panic!("{path} is not built"),
         }
     }
 
-    fn sources(change: Option<&Setting>) -> Sources {
-        let base = BASE
-            .iter()
-            .map(|(path, value)| (*path, (*value).to_owned()));
-        let changed = change.map(|setting| (setting.path, other_value(setting)));
-        let told = base.chain(changed);
+    /// What TLS needs to be on, and then what client certificates need.
+    const TLS: &[(&str, &str)] = &[
+        ("grpc.tls.enabled", "true"),
+        ("grpc.tls.cert_file", "a.pem"),
+        ("grpc.tls.key_file", "a.key"),
+        ("grpc.tls.ca_file", "ca.pem"),
+        ("grpc.tls.client_auth", "request"),
+    ];
+
+    /// What is told before `setting` is changed, or after.
+    fn sources(role: Role, setting: &Setting, changed: bool) -> Sources {
+        let tls = match setting.path {
+            "grpc.tls.enabled" if changed => &TLS[..3],
+            "grpc.tls.enabled" => &[],
+            path if path.starts_with("grpc.tls.") => TLS,
+            _ => &[],
+        };
+        let known = |path| table(role).iter().any(|setting| setting.path == path);
+        let told = BASE.iter().chain(tls);
+        let mut told: BTreeMap<&str, String> = told
+            .filter(|(path, _)| known(*path))
+            .map(|(path, value)| (*path, (*value).to_owned()))
+            .collect();
+        if changed {
+            told.insert(setting.path, other_value(setting));
+        }
+        let told = told.into_iter();
         Sources::none().environment(told.map(|(path, value)| (environment_name(path), value)))
     }
 
     /// Changes each setting of the table and compares what became of it with what the table says.
     fn each_setting(role: Role, reload: impl Fn(&Sources, &Sources) -> (String, Changes)) {
-        let old = sources(None);
-        let (unchanged, changes) = reload(&old, &old);
-        assert_eq!(changes, Changes::default());
         for setting in table(role) {
             if setting.kind == Kind::NotBuilt {
                 continue;
             }
-            let (held, changes) = reload(&old, &sources(Some(setting)));
+            let old = sources(role, setting, false);
+            let (unchanged, changes) = reload(&old, &old);
+            assert_eq!(changes, Changes::default());
+            let (held, changes) = reload(&old, &sources(role, setting, true));
             let expected = match setting.reload {
                 Reload::Now => Changes {
                     applied: vec![setting.path],

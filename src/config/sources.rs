@@ -163,10 +163,12 @@ impl Reader {
     }
 
     /// The result, or all faults.
-    pub(super) fn finish<T>(self, value: T) -> Result<T, ConfigError> {
+    pub(super) fn finish<T>(mut self, value: T) -> Result<T, ConfigError> {
         if self.faults.is_empty() {
             Ok(value)
         } else {
+            self.faults
+                .sort_by_key(|fault| fault.kind == FaultKind::Contradiction);
             Err(ConfigError {
                 faults: self.faults,
             })
@@ -763,6 +765,22 @@ pub(super) fn secret(text: &str) -> Result<Secret, InvalidValue> {
             Err(InvalidValue::new("expected a credential on one line"))
         }
         text => Ok(Secret::new(text)),
+    }
+}
+
+/// The switch of both roles' section `grpc.tls`.
+pub(super) const TLS_ENABLED: &str = "grpc.tls.enabled";
+
+/// Reports settings that would be ignored because the tunnel has no TLS: those of `paths` that
+/// somebody set, and `more`. Nobody shall believe a tunnel to be encrypted that isn't.
+pub(super) fn tls_is_off(from: &mut Reader, paths: &[&'static str], more: Option<&'static str>) {
+    let told = paths.iter().copied().filter(|path| from.is_set(path));
+    let told: Vec<&'static str> = told.chain(more).collect();
+    for path in told {
+        let text = format!(
+            "{path} is set, but {TLS_ENABLED} is false: set it to true, or leave {path} out"
+        );
+        from.contradiction(&[path, TLS_ENABLED], text);
     }
 }
 
