@@ -25,6 +25,7 @@ use crate::id::{AgentId, Generation};
 use crate::metrics::{AgentStats, Metrics, PortState};
 use crate::net::acceptor::{AcceptorHandle, Command, Listener};
 use crate::ports::{self, Allocation, Allocator, Answer, Effect, PinError};
+use crate::telemetry::{Told, Who, may_say};
 
 /// How often the directory is rebuilt at most. Pollers see a change this much later.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(50);
@@ -245,7 +246,19 @@ impl Registry {
             Ok(()) => state.allocator.bound(port, allocation),
             Err(error) => {
                 self.metrics.bind_failures.inc();
-                debug!(port, %error, "port could not be bound");
+                if crate::net::bind_failure(&error) == ports::BindFailure::Descriptors
+                    && let Some(Told { repeated, others }) = may_say("descriptors", Who::Anybody)
+                {
+                    warn!(
+                        port,
+                        %error,
+                        repeated,
+                        others,
+                        "port could not be bound: raise the limit of open files"
+                    );
+                } else {
+                    debug!(port, %error, "port could not be bound");
+                }
                 let now = self.epoch.elapsed();
                 let failure = crate::net::bind_failure(&error);
                 state.allocator.bind_failed(port, allocation, failure, now);
@@ -320,7 +333,17 @@ impl Registry {
                 }
                 Effect::Released { allocation, port } => self.released(state, allocation, port),
                 Effect::Foreign { port, failure } => {
-                    warn!(port, ?failure, "port is not ours, skipped for a while");
+                    if let Some(Told { repeated, others }) = may_say("foreign", port) {
+                        let reason = match failure {
+                            ports::BindFailure::InUse => "another program holds it",
+                            ports::BindFailure::Denied => "not allowed to bind it",
+                            _ => "it can't be bound",
+                        };
+                        warn!(
+                            port,
+                            reason, repeated, others, "port is not ours, skipped for a while"
+                        );
+                    }
                 }
             }
         }
@@ -344,6 +367,7 @@ impl Registry {
             return;
         };
         let agent_id = applicant.agent_id.clone();
+        info!(port, %agent_id, "port opened");
         let joined = self.admit(state, applicant, allocation, port);
         let generation = joined.generation;
         if reply.send(Ok(joined)).is_err()
@@ -389,7 +413,7 @@ impl Registry {
         });
         self.routes.insert(port, tenancy.clone());
         if let Some(session) = older.and_then(|member| member.session) {
-            info!(agent = %agent_id, "session replaced by a newer one of the same agent");
+            info!(%agent_id, %generation, "session replaced by a newer one of the same agent");
             state.replaced.retain(|session| session.strong_count() > 0);
             state.replaced.push(Arc::downgrade(&session));
             session.replace();
@@ -436,6 +460,7 @@ impl Registry {
             return;
         };
         tenancy.end();
+        info!(port, agent_id = %tenancy.agent_id, "port closed");
         if state
             .members
             .get(&tenancy.agent_id)

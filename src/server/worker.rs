@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, info, warn};
 
 use super::ingress::visitor::{self, Watched};
 use super::registry::Registry;
@@ -30,6 +30,7 @@ use crate::link::http2;
 use crate::metrics::{HandshakeFailure, Metrics, Refusal, WorkerMetrics};
 use crate::mux::Pool;
 use crate::net::acceptor::Accepted;
+use crate::telemetry::{Told, Who, may_say};
 use crate::wire::{MAX_MESSAGE, tunnel_server::TunnelServer};
 
 /// The unit in which a worker measures the times of its connections: a coarse clock that costs
@@ -295,7 +296,7 @@ impl Worker {
         };
         drop(slot);
         if let Some(failure) = failed {
-            debug!(%peer, reason = failure.as_str(), "handshake failed");
+            log_failed_handshake(peer, failure);
             self.metrics().handshakes_failed.inc(failure);
             return;
         }
@@ -312,6 +313,31 @@ impl Worker {
     /// Counts a refused connection.
     pub(super) fn refuse(&self, reason: Refusal) {
         self.metrics().connections_refused.inc(reason);
+    }
+}
+
+/// Says that somebody on the tunnel port was no agent, as far as that is worth a line.
+fn log_failed_handshake(peer: SocketAddr, failure: HandshakeFailure) {
+    let reason = failure.as_str();
+    match failure {
+        // What looks whether a port is open does that.
+        HandshakeFailure::Closed => debug!(%peer, %reason, "handshake failed"),
+        HandshakeFailure::Limit => {
+            if let Some(Told { repeated, others }) = may_say(reason, Who::Anybody) {
+                warn!(
+                    %peer,
+                    %reason,
+                    repeated,
+                    others,
+                    "handshake failed: grpc.max_handshakes connections were waiting to say hello"
+                );
+            }
+        }
+        _ => {
+            if let Some(Told { repeated, others }) = may_say(reason, peer.ip()) {
+                info!(%peer, %reason, repeated, others, "handshake failed");
+            }
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! written as fast as they come, some are dropped and counted.
 
 mod spool;
+mod throttle;
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fmt;
@@ -22,10 +23,11 @@ use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 pub use spool::{LogFile, Output, Report, Spool, Stderr, Stdout};
+pub use throttle::{Throttle, Told, Who, may_say};
 
-/// How many bytes of lines may wait to be written: some thousand lines, more than a burst of
-/// agents that all come back at once.
-const QUEUE: usize = 1024 * 1024;
+/// How many bytes of lines may wait to be written: more than all agents of a full host write when
+/// they go and come back at once.
+const QUEUE: usize = 4 * 1024 * 1024;
 
 /// How long the process's end may wait for its last lines: a pipe that nobody reads must not
 /// keep it.

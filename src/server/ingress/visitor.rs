@@ -17,7 +17,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::TcpStream;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{Visit, serve as serve_request};
 use crate::config::HttpConfig;
@@ -25,6 +25,7 @@ use crate::metrics::{Failure, Refusal, StatusClass};
 use crate::net::acceptor::Accepted;
 use crate::server::tenancy::Tenancy;
 use crate::server::worker::{Shared, TICK, Worker};
+use crate::telemetry::{Told, Who, may_say};
 
 /// What hyper may read beyond the largest head: a head that is only a little too large gets an
 /// answer of ours rather than hyper's.
@@ -42,13 +43,37 @@ pub(in crate::server) fn admit(worker: &Arc<Worker>, tenancy: &Arc<Tenancy>, acc
     let place = match Place::take(worker, tenancy, accepted.peer.ip()) {
         Ok(place) => place,
         // Dropping the socket closes it.
-        Err(reason) => return worker.refuse(reason),
+        Err(reason) => {
+            worker.refuse(reason);
+            return log_refusal(reason, tenancy, accepted.peer.ip());
+        }
     };
     match TcpStream::from_std(accepted.stream) {
         Ok(stream) => {
             tokio::spawn(serve(stream, accepted.peer, place));
         }
         Err(error) => debug!(%error, "connection lost before it was served"),
+    }
+}
+
+/// Says once a minute that a limit turns visitors away, and which one that is.
+fn log_refusal(reason: Refusal, tenancy: &Tenancy, address: IpAddr) {
+    let kind = reason.as_str();
+    let (who, limit) = match reason {
+        Refusal::LimitTotal => (Who::Anybody, "http.max_connections"),
+        Refusal::LimitAgent => ((&tenancy.agent_id).into(), "http.max_connections_per_agent"),
+        Refusal::LimitAddress => (address.into(), "http.max_connections_per_address"),
+        Refusal::NoTenant | Refusal::QueueFull | Refusal::Descriptors => return,
+    };
+    if let Some(Told { repeated, others }) = may_say(kind, who) {
+        warn!(
+            reason = %kind,
+            agent_id = %tenancy.agent_id,
+            peer = %address,
+            repeated,
+            others,
+            "visitor's connection refused: {limit} is reached"
+        );
     }
 }
 
