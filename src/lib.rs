@@ -55,7 +55,9 @@
 //!    ├──────────────── foreign                                      │
 //!    └──────────────────────────────────────────────────────────────┘ lease over (at once by default)
 //! ```
-//! [`ports::Allocator`] decides, the accept task binds and closes, and reports back.
+//! [`ports::Allocator`] decides, the accept task binds and closes, and reports back. What should
+//! outlive the server is written to `http.state_file` by a thread of its own; the next server
+//! starts with it: who was connected then has a lease, and its port is bound before it is back.
 //!
 //! # The life of a tunnel
 //! ```text
@@ -68,7 +70,9 @@
 //!     ▼ reconnects with backoff                 ▼ exchanges end with 502, the port is released
 //! ```
 //! A newer session of the same agent replaces the older one; who cleans up after a session shows
-//! its generation, so the older one can't touch the newer one's port.
+//! its generation, so the older one can't touch the newer one's port. The hello names the agent's
+//! process: the older session of the same process is dead and ends at once, that of another one is
+//! told, and that process doesn't get the id back while the newer one is connected.
 //!
 //! # Where time goes by
 //! The cores get the time as an argument. A tunnel has one timer, for heartbeats. Visitors'

@@ -284,10 +284,10 @@ fn unknown_keys_are_told_all_at_once_with_the_nearest() {
 
 #[test]
 fn settings_of_later_versions_are_refused() {
-    let yaml = "http:\n  cors: {origins: [a]}\n  state_file: x\n\
+    let yaml = "http:\n  cors: {origins: [a]}\n\
                 \x20 access_log: true\ngrpc:\n  tls:\n    enabled: false\n";
     let found = faults(server(yaml));
-    assert_eq!(found.len(), 4, "{found:#?}");
+    assert_eq!(found.len(), 3, "{found:#?}");
     assert!(found.iter().all(|fault| fault.kind == FaultKind::NotBuilt));
     assert!(shown(&found[0]).starts_with("silo.yaml:2:3: http.cors: not built yet"));
     assert!(
@@ -492,6 +492,16 @@ fn what_an_agent_must_be_told_is_told() {
         .flag("grpc.agent_id", "--id", "Agent")
         .flag("local.service_url", "the service", "http://127.0.0.1:3000");
     assert!(fault(AgentConfig::load(&sources)).starts_with("--id: an agent id is"));
+}
+
+#[test]
+fn the_state_file_stands_beside_the_settings() {
+    let files = Files::new("http: {state_file: ports.json}");
+    let config = ServerConfig::load(&files.sources()).unwrap();
+    assert_eq!(config.http.state_file, Some(files.path("ports.json")));
+    let from_variable = server_from(&[("SILO_HTTP_STATE_FILE", "ports.json")]).unwrap();
+    assert_eq!(from_variable.http.state_file, Some("ports.json".into()));
+    assert!(fault(server("http: {state_file: ''}")).contains("expected the name of a file"));
 }
 
 #[test]

@@ -84,12 +84,20 @@ fn a_request_in_flight_finishes_before_the_server_ends() {
     let mut server = Server::with(port_range(10), &[("server.grace", "15s")]);
     let held = HeldService::start("finished");
     let agent = server.agent("agent-1", held.address);
+    let mut kept = connect(agent.address());
+    kept.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        .unwrap();
+    assert_eq!(read_answer(&mut kept, false).status, 200);
     let visitor = get_meanwhile(agent.address(), "/held");
     held.wait_for_request();
 
     let since = Instant::now();
     server.process.signal("INT");
     eventually(grace, "the ports are closed", || refuses(agent.address()));
+    // A connection that is kept alive takes no new requests either, and nor do agents come.
+    assert_eq!(kept.read(&mut [0]).unwrap_or(0), 0, "closed");
+    let newcomer = server.start_agent("agent-2", "http://127.0.0.1:9", &[]);
+    newcomer.wait_for(&["rejected", "reason=draining"]);
     assert_eq!(get(server.admin, "/ready").status, 503);
     assert_eq!(get(server.admin, "/health").status, 200);
     held.let_go();
@@ -194,6 +202,73 @@ fn an_agent_that_is_told_to_stop_finishes_what_it_began() {
     assert!(took < Duration::from_secs(5), "{took:?}");
     server.process.wait_for(&["agent deregistered"]);
     eventually(PATIENCE, "the port is closed", || refuses(address));
+}
+
+#[test]
+fn an_idle_agent_ends_at_once() {
+    let grace = Duration::from_secs(15);
+    let server = Server::start();
+    let mut agent = server.agent_with("agent-1", text_service("idle"), &[("agent.grace", "15s")]);
+    assert_eq!(get(agent.address(), "/").text(), "idle");
+    let since = Instant::now();
+    agent.process.signal("INT");
+    let (code, took) = ended(&mut agent.process, since);
+    assert_eq!(code, Some(0));
+    assert!(took < grace / 3, "{took:?}");
+    eventually(PATIENCE, "the port is closed", || refuses(agent.address()));
+
+    // So does one that waits for its server.
+    let mut lost = Process::start(
+        "lost",
+        &[
+            "agent",
+            "http",
+            "3000",
+            "--server",
+            "127.0.0.1:1",
+            "--id",
+            "lost",
+        ],
+        &[("SILO_AGENT_GRACE", "15s")],
+    );
+    lost.wait_for_nth(2, &["disconnected", "retry_in="]);
+    let since = Instant::now();
+    lost.signal("TERM");
+    let (code, took) = ended(&mut lost, since);
+    assert_eq!(code, Some(0));
+    assert!(took < grace / 3, "{took:?}");
+}
+
+#[test]
+fn an_agent_cuts_a_request_without_an_end_when_its_grace_is_over() {
+    let server = Server::start();
+    let held = HeldService::start("never");
+    let mut agent = server.agent_with("agent-1", held.address, &[("agent.grace", "1s")]);
+    let visitor = get_meanwhile(agent.address(), "/held");
+    held.wait_for_request();
+    let since = Instant::now();
+    agent.process.signal("TERM");
+    let (code, took) = ended(&mut agent.process, since);
+    assert_eq!(code, Some(0));
+    assert!(took >= Duration::from_secs(1), "{took:?}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert_eq!(visitor.join().unwrap().0.unwrap().status, 502);
+    eventually(PATIENCE, "the port is closed", || refuses(agent.address()));
+}
+
+#[test]
+fn a_second_signal_ends_the_agent_at_once() {
+    let server = Server::start();
+    let held = HeldService::start("never");
+    let mut agent = server.agent_with("agent-1", held.address, &[("agent.grace", "1h")]);
+    let visitor = get_meanwhile(agent.address(), "/held");
+    held.wait_for_request();
+    agent.process.signal("INT");
+    agent.process.wait_for(&["stopping"]);
+    agent.process.signal("INT");
+    let (code, _) = ended(&mut agent.process, Instant::now());
+    assert_eq!(code, Some(1));
+    assert_eq!(visitor.join().unwrap().0.unwrap().status, 502);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::auth::Policy;
@@ -49,6 +50,8 @@ pub struct HttpConfig {
     pub static_ports: BTreeMap<AgentId, u16>,
     /// `http.port_lease`: how long a port stays its agent's after the agent is gone.
     pub port_lease: Duration,
+    /// `http.state_file`: where ports and leases are remembered over a restart. `None`: nowhere.
+    pub state_file: Option<PathBuf>,
     /// `http.trusted_proxies`: visitors whose own forwarded headers are believed.
     pub trusted_proxies: Vec<Cidr>,
     /// `http.max_exchanges_per_agent`: requests in flight to one agent; more get 503.
@@ -135,6 +138,7 @@ impl ServerConfig {
                 agent_port_range: start..=end,
                 static_ports: from.by_id("http.static_ports", port),
                 port_lease: from.time("http.port_lease"),
+                state_file: from.file_name("http.state_file"),
                 trusted_proxies: from.networks("http.trusted_proxies"),
                 max_exchanges_per_agent: from.count("http.max_exchanges_per_agent"),
                 max_connections: from.count("http.max_connections"),

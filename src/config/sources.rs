@@ -369,6 +369,16 @@ impl Reader {
         networks
     }
 
+    /// The file whose name stands at `path`. It needn't be there.
+    pub(super) fn file_name(&mut self, path: &'static str) -> Option<PathBuf> {
+        let name = self.optional(path, |text| match text {
+            "" => Err(InvalidValue::new("expected the name of a file")),
+            name => Ok(name.to_owned()),
+        })?;
+        let source = self.found.get(path)?.source;
+        Some(self.path_of(&name, source))
+    }
+
     /// The file of certificates whose name stands at `path`.
     pub(super) fn certificates(&mut self, path: &'static str) -> Option<PemFile> {
         let name = self.optional(path, |text| Ok(text.to_owned()))?;

@@ -119,6 +119,8 @@ pub enum Kind {
     Ports,
     /// Addresses and blocks of addresses.
     Networks,
+    /// The name of a file.
+    FileName,
     /// A file of certificates.
     Certificates,
     /// Documented, but not in this version: refused with everything below it.
@@ -305,6 +307,13 @@ static SERVER: &[Setting] = &[
         "How long a port stays its agent's after the agent is gone; visitors get 503 meanwhile. With 0 it is free at once.",
     ),
     unset(
+        "http.state_file",
+        Kind::FileName,
+        "none",
+        "/var/lib/silo-proxy/ports.json",
+        "Where the server writes down who has which port, so that leases and last ports survive a restart. In a directory that it may write to; two more files appear beside it.",
+    ),
+    unset(
         "http.trusted_proxies",
         Kind::Networks,
         "none",
@@ -392,7 +401,6 @@ static SERVER: &[Setting] = &[
         "off",
         "Largest body of a request; larger ones get 413. Off, because bodies are streamed and cost no memory.",
     ),
-    not_built("http.state_file", "Where leases survive a restart."),
     not_built("http.cors", "CORS answers on the agents' ports."),
     not_built("http.access_log", "One line a request."),
     setting(
@@ -710,7 +718,7 @@ impl fmt::Display for Kind {
             Self::Labels => f.write_str("NAME: TEXT pairs"),
             Self::Ports => f.write_str("ID: PORT pairs"),
             Self::Networks => f.write_str("list of addresses and blocks"),
-            Self::Certificates => f.write_str("file name"),
+            Self::FileName | Self::Certificates => f.write_str("file name"),
             Self::NotBuilt => f.write_str("not built yet: refused"),
         }
     }

@@ -189,6 +189,16 @@ pub enum Effect {
         /// Why.
         refusal: Refusal,
     },
+    /// A port is bound whose lease [`Allocator::restore`] brought back: its visitors can be told
+    /// that the agent is away. [`Effect::Released`] follows unless the agent comes back.
+    Reclaimed {
+        /// The tenancy.
+        allocation: Allocation,
+        /// Its port, now bound.
+        port: u16,
+        /// Whose lease it is.
+        agent: AgentId,
+    },
     /// The tenancy is over, granted or given up before: its visitors' connections are to be
     /// closed, and whoever still waits for it is turned away.
     Released {
@@ -249,6 +259,32 @@ pub struct PortView<'a> {
     pub state: PortState,
     /// Its tenant while it is opening, serving or leased.
     pub tenant: Option<(&'a AgentId, Allocation)>,
+}
+
+/// One port and whose it is or was: what a server has to know after a restart, so that agents
+/// find their ports again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Remembered {
+    /// The port.
+    pub port: u16,
+    /// Who has it, or had it last.
+    pub agent: AgentId,
+    /// How much of a claim that agent has.
+    pub claim: Claim,
+}
+
+/// What an agent's claim on a [`Remembered`] port is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Claim {
+    /// Its agent is connected.
+    Serving,
+    /// Its agent is gone, and the port is kept until this time.
+    Leased {
+        /// On the allocator's clock.
+        until: Duration,
+    },
+    /// The port is free; its last agent gets it back before others do.
+    Released,
 }
 
 /// How many ports are in which state. The sum is the number of ports that can be handed out,
@@ -312,6 +348,8 @@ pub struct Allocator {
     next_allocation: u64,
     /// Orders ports by when they were last in use; 0 is "never", so this starts at 1.
     next_use: u64,
+    /// Moves whenever [`Allocator::memory`] has changed.
+    memory_revision: u64,
 }
 
 #[derive(Debug)]
@@ -345,11 +383,18 @@ struct Tenancy {
 ///      no descriptor     no lease
 /// ```
 ///
-/// `release_all` frees what is opening, serving or leased.
+/// `release_all` frees what is opening, serving or leased. A lease that `restore` brings back
+/// goes from Free to Reclaiming, and with its port bound to Leased; its agent may come before
+/// that, which makes it Opening.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
     Free,
     Opening(Tenancy),
+    /// Being bound for an agent that hasn't come back yet.
+    Reclaiming {
+        tenancy: Tenancy,
+        until: Duration,
+    },
     Serving(Tenancy),
     Leased {
         tenancy: Tenancy,
@@ -366,7 +411,7 @@ impl State {
     fn public(&self) -> PortState {
         match self {
             Self::Free => PortState::Free,
-            Self::Opening(_) => PortState::Opening,
+            Self::Opening(_) | Self::Reclaiming { .. } => PortState::Opening,
             Self::Serving(_) => PortState::Serving,
             Self::Leased { .. } => PortState::Leased,
             Self::Foreign { .. } => PortState::Foreign,
@@ -375,9 +420,10 @@ impl State {
 
     fn tenancy(&self) -> Option<&Tenancy> {
         match self {
-            Self::Opening(tenancy) | Self::Serving(tenancy) | Self::Leased { tenancy, .. } => {
-                Some(tenancy)
-            }
+            Self::Opening(tenancy)
+            | Self::Reclaiming { tenancy, .. }
+            | Self::Serving(tenancy)
+            | Self::Leased { tenancy, .. } => Some(tenancy),
             Self::Free | Self::Foreign { .. } => None,
         }
     }
@@ -387,6 +433,7 @@ impl State {
         match self {
             Self::Free | Self::Foreign { retry_at: None } => true,
             Self::Opening(_)
+            | Self::Reclaiming { .. }
             | Self::Serving(_)
             | Self::Leased { .. }
             | Self::Foreign { retry_at: Some(_) } => false,
@@ -396,9 +443,21 @@ impl State {
     /// When the port has to be looked at again.
     fn timer(&self) -> Option<Duration> {
         match self {
-            Self::Leased { until, .. } => Some(*until),
+            Self::Leased { until, .. } | Self::Reclaiming { until, .. } => Some(*until),
             Self::Foreign { retry_at } => *retry_at,
             Self::Free | Self::Opening(_) | Self::Serving(_) => None,
+        }
+    }
+
+    /// The claim that outlives a restart.
+    fn claim(&self) -> Option<(&Tenancy, Claim)> {
+        match self {
+            Self::Serving(tenancy) => Some((tenancy, Claim::Serving)),
+            Self::Reclaiming { tenancy, until } | Self::Leased { tenancy, until } => {
+                Some((tenancy, Claim::Leased { until: *until }))
+            }
+            // Nobody has been told yet that the port is his.
+            Self::Opening(_) | Self::Free | Self::Foreign { .. } => None,
         }
     }
 }
@@ -462,7 +521,77 @@ impl Allocator {
             effects: VecDeque::new(),
             next_allocation: 1,
             next_use: 1,
+            memory_revision: 0,
         })
+    }
+
+    /// What is worth remembering over a restart, one entry a port at most: the ports that are
+    /// free by how long they have been unused, the longest first, then the ones that are taken.
+    /// O(ports log ports).
+    pub fn memory(&self) -> Vec<Remembered> {
+        let mut entries: Vec<(u64, Remembered)> = self
+            .slots
+            .iter()
+            .filter_map(|(&port, slot)| {
+                let (agent, claim, order) = match (slot.state.claim(), &slot.last) {
+                    (Some((tenancy, claim)), _) => (&tenancy.agent, claim, u64::MAX),
+                    (None, Some(last)) => (last, Claim::Released, slot.unused_since),
+                    (None, None) => return None,
+                };
+                let agent = agent.clone();
+                Some((order, Remembered { port, agent, claim }))
+            })
+            .collect();
+        entries.sort_by_key(|(order, entry)| (*order, entry.port));
+        entries.into_iter().map(|(_, entry)| entry).collect()
+    }
+
+    /// A number that moves whenever an entry of [`Allocator::memory`] has changed. O(1).
+    pub fn memory_revision(&self) -> u64 {
+        self.memory_revision
+    }
+
+    /// Takes over what an allocator before this one remembered, to be called first of all.
+    ///
+    /// Who was connected has a lease from `now` on, who had a lease the rest of it, and neither
+    /// for longer than this allocator's own lease: their ports are bound again at once, and
+    /// [`Effect::Reclaimed`] follows, unless a port can't be bound or its agent is back before.
+    /// All others, and all without a lease, get their last port back if it is free. What
+    /// contradicts the settings or itself is passed over: ports that aren't handed out, that
+    /// are pinned to somebody else or named twice, and agents that are named twice or have their
+    /// pin elsewhere.
+    pub fn restore(&mut self, memory: Vec<Remembered>, now: Duration) {
+        for Remembered { port, agent, claim } in memory {
+            let Some(slot) = self.slots.get(&port) else {
+                continue;
+            };
+            let contradicts = match self.pinned.get(&agent) {
+                Some(pin) => *pin != port,
+                None => slot.pinned,
+            };
+            let known = slot.last.is_some()
+                || slot.state != State::Free
+                || self.remembered.contains_key(&agent)
+                || self.held.contains_key(&agent);
+            if contradicts || known {
+                continue;
+            }
+            self.remember(port, &agent);
+            self.requeue(port);
+            let longest = now.saturating_add(self.lease);
+            let until = match claim {
+                Claim::Serving => longest,
+                Claim::Leased { until } => until.min(longest),
+                Claim::Released => now,
+            };
+            if until > now {
+                let allocation = self.next_allocation();
+                let tenancy = Tenancy { agent, allocation };
+                self.take(port, &tenancy);
+                self.enter(port, State::Reclaiming { tenancy, until });
+                self.effects.push_back(Effect::Bind { port, allocation });
+            }
+        }
     }
 
     /// An agent wants a port; `last_port` is the one it says it had, if any.
@@ -484,6 +613,11 @@ impl Allocator {
                 State::Opening(Tenancy { allocation, .. }) => {
                     return Answer::Opening { allocation };
                 }
+                State::Reclaiming { tenancy, .. } => {
+                    let allocation = tenancy.allocation;
+                    self.enter(port, State::Opening(tenancy));
+                    return Answer::Opening { allocation };
+                }
                 State::Serving(Tenancy { allocation, .. }) => {
                     return Answer::Ready { allocation, port };
                 }
@@ -499,8 +633,7 @@ impl Allocator {
 
         match self.choose(agent, last_port, now) {
             Ok(port) => {
-                let allocation = Allocation(self.next_allocation);
-                self.next_allocation += 1;
+                let allocation = self.next_allocation();
                 let agent = agent.clone();
                 self.open(port, Tenancy { agent, allocation });
                 Answer::Opening { allocation }
@@ -521,8 +654,19 @@ impl Allocator {
                 self.enter(port, State::Serving(tenancy));
                 self.effects.push_back(Effect::Granted { allocation, port });
             }
+            State::Reclaiming { tenancy, until } if tenancy.allocation == allocation => {
+                let (tenancy, until) = (tenancy.clone(), *until);
+                let agent = tenancy.agent.clone();
+                self.enter(port, State::Leased { tenancy, until });
+                self.effects.push_back(Effect::Reclaimed {
+                    allocation,
+                    port,
+                    agent,
+                });
+            }
             State::Free
             | State::Opening(_)
+            | State::Reclaiming { .. }
             | State::Serving(_)
             | State::Leased { .. }
             | State::Foreign { .. } => {}
@@ -532,7 +676,8 @@ impl Allocator {
     /// The port couldn't be bound, though [`Effect::Bind`] asked.
     ///
     /// Unless descriptors were what was missing, the port is foreign for a while and the next
-    /// one is tried, until the agent has one or none is left.
+    /// one is tried, until the agent has one or none is left. A lease that was to be reclaimed
+    /// ends: its agent is still the first to get the port, but isn't waited for.
     pub fn bind_failed(
         &mut self,
         port: u16,
@@ -543,10 +688,14 @@ impl Allocator {
         let Some(slot) = self.slots.get(&port) else {
             return;
         };
-        let tenancy = match &slot.state {
-            State::Opening(tenancy) if tenancy.allocation == allocation => tenancy.clone(),
+        let (tenancy, wanted) = match &slot.state {
+            State::Opening(tenancy) if tenancy.allocation == allocation => (tenancy.clone(), true),
+            State::Reclaiming { tenancy, .. } if tenancy.allocation == allocation => {
+                (tenancy.clone(), false)
+            }
             State::Free
             | State::Opening(_)
+            | State::Reclaiming { .. }
             | State::Serving(_)
             | State::Leased { .. }
             | State::Foreign { .. } => return,
@@ -555,6 +704,9 @@ impl Allocator {
             BindFailure::Descriptors => {
                 // The port keeps its place among the unused ones: nothing is known against it.
                 self.enter(port, State::Free);
+                if !wanted {
+                    return self.abandon(port, tenancy);
+                }
                 let retry_after = DESCRIPTORS_RETRY;
                 self.refuse(tenancy, Refusal::Descriptors { retry_after });
             }
@@ -563,6 +715,9 @@ impl Allocator {
                 let retry_at = Some(now.saturating_add(self.foreign_retry));
                 self.enter(port, State::Foreign { retry_at });
                 self.effects.push_back(Effect::Foreign { port, failure });
+                if !wanted {
+                    return self.abandon(port, tenancy);
+                }
                 match self.choose(&tenancy.agent, None, now) {
                     Ok(next) => self.open(next, tenancy),
                     Err(refusal) => self.refuse(tenancy, refusal),
@@ -589,7 +744,10 @@ impl Allocator {
                 let until = now.saturating_add(self.lease);
                 self.enter(port, State::Leased { tenancy, until });
             }
-            State::Leased { .. } | State::Free | State::Foreign { .. } => {}
+            State::Reclaiming { .. }
+            | State::Leased { .. }
+            | State::Free
+            | State::Foreign { .. } => {}
         }
     }
 
@@ -602,7 +760,9 @@ impl Allocator {
                 return;
             };
             match slot.state.clone() {
-                State::Leased { tenancy, .. } => self.release(port, tenancy),
+                State::Leased { tenancy, .. } | State::Reclaiming { tenancy, .. } => {
+                    self.release(port, tenancy);
+                }
                 State::Foreign { .. } => self.enter(port, State::Foreign { retry_at: None }),
                 // These have no timer: forget what can't be there.
                 State::Free | State::Opening(_) | State::Serving(_) => {
@@ -697,10 +857,20 @@ impl Allocator {
             })
     }
 
+    fn next_allocation(&mut self) -> Allocation {
+        let allocation = Allocation(self.next_allocation);
+        self.next_allocation += 1;
+        allocation
+    }
+
+    fn take(&mut self, port: u16, tenancy: &Tenancy) {
+        self.tenancies.insert(tenancy.allocation, port);
+        self.held.insert(tenancy.agent.clone(), port);
+    }
+
     fn open(&mut self, port: u16, tenancy: Tenancy) {
         let allocation = tenancy.allocation;
-        self.tenancies.insert(allocation, port);
-        self.held.insert(tenancy.agent.clone(), port);
+        self.take(port, &tenancy);
         self.enter(port, State::Opening(tenancy));
         self.effects.push_back(Effect::Bind { port, allocation });
     }
@@ -713,6 +883,15 @@ impl Allocator {
             allocation,
             refusal,
         });
+    }
+
+    /// Ends a tenancy that nobody waits for and whose port isn't bound.
+    fn abandon(&mut self, port: u16, tenancy: Tenancy) {
+        let allocation = tenancy.allocation;
+        self.tenancies.remove(&allocation);
+        self.held.remove(&tenancy.agent);
+        self.effects
+            .push_back(Effect::Released { allocation, port });
     }
 
     fn release(&mut self, port: u16, tenancy: Tenancy) {
@@ -737,6 +916,18 @@ impl Allocator {
         }
     }
 
+    /// Sends a free port to the end of the queue.
+    fn requeue(&mut self, port: u16) {
+        if let Some(slot) = self.slots.get_mut(&port) {
+            let queued = self.unused.remove(&(slot.unused_since, port));
+            slot.unused_since = self.next_use;
+            self.next_use += 1;
+            if queued {
+                self.unused.insert((slot.unused_since, port));
+            }
+        }
+    }
+
     fn remember(&mut self, port: u16, agent: &AgentId) {
         let Some(slot) = self.slots.get_mut(&port) else {
             return;
@@ -744,6 +935,7 @@ impl Allocator {
         if slot.pinned || slot.last.as_ref() == Some(agent) {
             return;
         }
+        self.memory_revision += 1;
         if let Some(former) = slot.last.replace(agent.clone()) {
             self.remembered.remove(&former);
         }
@@ -765,6 +957,9 @@ impl Allocator {
         }
         if let Some(due) = slot.state.timer() {
             self.timers.remove(&(due, port));
+        }
+        if slot.state.claim() != state.claim() {
+            self.memory_revision += 1;
         }
         *self.counts.of(slot.state.public()) -= 1;
 
@@ -1226,6 +1421,208 @@ mod tests {
         assert_eq!(allocator.poll_timeout(), None);
     }
 
+    fn remembered(port: u16, name: &str, claim: Claim) -> Remembered {
+        let agent = agent(name);
+        Remembered { port, agent, claim }
+    }
+
+    /// An allocator with leases that has restored `memory`, and what it wants done.
+    fn restored(config: Config, memory: &[Remembered]) -> (Allocator, Vec<Effect>) {
+        let mut allocator = Allocator::new(Config {
+            lease: LEASE,
+            ..config
+        })
+        .unwrap();
+        allocator.restore(memory.to_vec(), START);
+        let effects = effects(&mut allocator);
+        (allocator, effects)
+    }
+
+    #[test]
+    fn what_is_remembered_is_what_agents_would_miss() {
+        let mut allocator = Allocator::new(Config {
+            lease: LEASE,
+            pinned: [(agent("pinned"), 9000)].into(),
+            ..config(8100..=8110)
+        })
+        .unwrap();
+        assert_eq!(allocator.memory(), []);
+        let mut tenancies = ["a", "b", "c", "pinned"].map(|name| connect(&mut allocator, name));
+        let before = allocator.memory_revision();
+        ask(&mut allocator, "opening", None);
+        assert_eq!(allocator.memory_revision(), before);
+        for (at, (allocation, _)) in tenancies.iter_mut().enumerate().take(2) {
+            allocator.agent_lost(*allocation, START - at as u32 * Duration::from_secs(1));
+        }
+        assert_ne!(allocator.memory_revision(), before);
+        allocator.handle_timeout(START + LEASE - Duration::from_secs(1));
+        let until = START + LEASE;
+        assert_eq!(
+            allocator.memory(),
+            [
+                remembered(8101, "b", Claim::Released),
+                remembered(8100, "a", Claim::Leased { until }),
+                remembered(8102, "c", Claim::Serving),
+                remembered(9000, "pinned", Claim::Serving),
+            ]
+        );
+    }
+
+    #[test]
+    fn leases_outlive_a_restart_and_no_longer_than_a_lease() {
+        let rest = START + Duration::from_secs(20);
+        let memory = [
+            remembered(8104, "released", Claim::Released),
+            remembered(8100, "serving", Claim::Serving),
+            remembered(8101, "leased", Claim::Leased { until: rest }),
+            // Somebody has set the clock back by a year.
+            remembered(
+                8102,
+                "long",
+                Claim::Leased {
+                    until: START + 400 * Duration::from_secs(86_400),
+                },
+            ),
+            remembered(8103, "over", Claim::Leased { until: START }),
+        ];
+        let (mut allocator, asked) = restored(config(8100..=8106), &memory);
+        let binds: Vec<_> = (1..)
+            .map(Allocation)
+            .zip(8100..=8102)
+            .map(|(allocation, port)| Effect::Bind { port, allocation })
+            .collect();
+        assert_eq!(asked, binds);
+        assert_eq!(allocator.counts().opening, 3);
+
+        for (number, port) in (1..).zip(8100..=8102) {
+            allocator.bound(port, Allocation(number));
+        }
+        let agents = ["serving", "leased", "long"].map(agent);
+        let reclaimed: Vec<_> = (1..)
+            .map(Allocation)
+            .zip(8100..=8102)
+            .zip(agents)
+            .map(|((allocation, port), agent)| Effect::Reclaimed {
+                allocation,
+                port,
+                agent,
+            })
+            .collect();
+        assert_eq!(effects(&mut allocator), reclaimed);
+        assert_eq!(allocator.counts().leased, 3);
+
+        // Each comes back to its own port; strangers get others, the longest unused first.
+        let ready = allocator.request(&agent("serving"), None, START);
+        let (allocation, port) = (Allocation(1), 8100);
+        assert_eq!(ready, Answer::Ready { allocation, port });
+        assert_eq!(ask(&mut allocator, "over", None).1, 8103);
+        assert_eq!(ask(&mut allocator, "stranger", Some(8104)).1, 8105);
+        assert_eq!(ask(&mut allocator, "released", None).1, 8104);
+
+        allocator.handle_timeout(rest);
+        let (allocation, port) = (Allocation(2), 8101);
+        assert_eq!(
+            effects(&mut allocator),
+            [
+                Effect::Released { allocation, port },
+                Effect::Close { port, allocation }
+            ]
+        );
+        assert_eq!(allocator.poll_timeout(), Some(START + LEASE));
+    }
+
+    #[test]
+    fn an_agent_that_is_back_before_its_lease_is_bound_is_granted_the_port() {
+        let memory = [remembered(8100, "a", Claim::Serving)];
+        let (mut allocator, _) = restored(config(8100..=8101), &memory);
+        let (allocation, port) = (Allocation(1), 8100);
+        let answer = allocator.request(&agent("a"), None, START);
+        assert_eq!(answer, Answer::Opening { allocation });
+        allocator.bound(port, allocation);
+        assert_eq!(
+            effects(&mut allocator),
+            [Effect::Granted { allocation, port }]
+        );
+        assert_eq!(allocator.poll_timeout(), None);
+    }
+
+    #[test]
+    fn a_restored_lease_whose_port_cannot_be_bound_is_given_up() {
+        let (allocation, port) = (Allocation(1), 8100);
+        let memory = [remembered(8100, "a", Claim::Serving)];
+        for (failure, foreign) in [(BindFailure::InUse, 1), (BindFailure::Descriptors, 0)] {
+            let (mut allocator, _) = restored(config(8100..=8101), &memory);
+            allocator.bind_failed(port, allocation, failure, START);
+            let told = effects(&mut allocator);
+            assert_eq!(told.last(), Some(&Effect::Released { allocation, port }));
+            assert_eq!(told.len(), 1 + foreign);
+            assert_eq!(allocator.counts().foreign, foreign);
+            // It's nobody's, but its last agent still goes before others.
+            allocator.handle_timeout(START + Config::FOREIGN_RETRY);
+            assert_eq!(ask(&mut allocator, "b", Some(8100)).1, 8101);
+            assert_eq!(ask(&mut allocator, "a", None).1, 8100);
+        }
+    }
+
+    #[test]
+    fn a_memory_that_contradicts_settings_or_itself_is_passed_over() {
+        let config = Config {
+            pinned: [(agent("pinned"), 8102), (agent("outside"), 9000)].into(),
+            reserved: [8101].into(),
+            ..config(8100..=8106)
+        };
+        let memory = [
+            remembered(8100, "a", Claim::Serving),
+            remembered(8100, "twice-a-port", Claim::Serving),
+            remembered(8103, "a", Claim::Released),
+            remembered(8101, "on-a-reserved-port", Claim::Serving),
+            remembered(8102, "on-anothers-pin", Claim::Serving),
+            remembered(8103, "pinned", Claim::Serving),
+            remembered(9000, "outside", Claim::Serving),
+            remembered(80, "out-of-range", Claim::Serving),
+            remembered(0, "zero", Claim::Serving),
+            remembered(8104, "once", Claim::Released),
+            remembered(8104, "again", Claim::Serving),
+        ];
+        let (allocator, asked) = restored(config, &memory);
+        assert_eq!(asked.len(), 2, "{asked:?}");
+        assert_eq!(
+            allocator.memory(),
+            [
+                remembered(8104, "once", Claim::Released),
+                remembered(
+                    8100,
+                    "a",
+                    Claim::Leased {
+                        until: START + LEASE
+                    }
+                ),
+                remembered(
+                    9000,
+                    "outside",
+                    Claim::Leased {
+                        until: START + LEASE
+                    }
+                ),
+            ]
+        );
+    }
+
+    #[test]
+    fn without_leases_a_restart_keeps_only_the_memory() {
+        let mut before = allocator(8100..=8110);
+        let gone = connect(&mut before, "gone");
+        connect(&mut before, "here");
+        leave(&mut before, gone);
+        let mut after = allocator(8100..=8110);
+        after.restore(before.memory(), START);
+        assert_eq!(effects(&mut after), []);
+        assert_eq!(after.counts().free, 11);
+        assert_eq!(connect(&mut after, "stranger").1, 8102);
+        assert_eq!(connect(&mut after, "here").1, 8101);
+        assert_eq!(connect(&mut after, "gone").1, 8100);
+    }
+
     #[derive(Debug, Clone)]
     enum Op {
         /// An agent asks, naming a port.
@@ -1242,6 +1639,8 @@ mod tests {
         Descriptors(bool),
         Wait(u64),
         ReleaseAll,
+        /// The server is killed, and another one takes over its memory.
+        Restart,
     }
 
     const AGENTS: u8 = 8;
@@ -1259,6 +1658,7 @@ mod tests {
             1 => any::<bool>().prop_map(Op::Descriptors),
             3 => (0..40u64).prop_map(Op::Wait),
             1 => Just(Op::ReleaseAll),
+            1 => Just(Op::Restart),
         ]
     }
 
@@ -1271,6 +1671,7 @@ mod tests {
 
     /// A kernel, other programs, and the agents' side of the bargain.
     struct World {
+        lease: Duration,
         allocator: Allocator,
         now: Duration,
         held_by_others: BTreeSet<u16>,
@@ -1286,12 +1687,9 @@ mod tests {
 
     impl World {
         fn new(lease: Duration) -> Self {
-            let mut config = config(PORTS);
-            config.lease = lease;
-            config.pinned = [(agent("agent-0"), 103), (agent("agent-1"), 107)].into();
-            config.reserved = [104].into();
             Self {
-                allocator: Allocator::new(config).unwrap(),
+                lease,
+                allocator: Self::allocator(lease),
                 now: START,
                 held_by_others: BTreeSet::new(),
                 descriptors: true,
@@ -1300,6 +1698,40 @@ mod tests {
                 outcomes: VecDeque::new(),
                 tenancies: BTreeMap::new(),
             }
+        }
+
+        fn allocator(lease: Duration) -> Allocator {
+            let mut config = config(PORTS);
+            config.lease = lease;
+            config.pinned = [(agent("agent-0"), 103), (agent("agent-1"), 107)].into();
+            config.reserved = [104].into();
+            Allocator::new(config).unwrap()
+        }
+
+        fn restart(&mut self) {
+            let memory = self.allocator.memory();
+            self.allocator = Self::allocator(self.lease);
+            self.listening.clear();
+            self.asked.clear();
+            self.outcomes.clear();
+            self.tenancies.clear();
+            self.allocator.restore(memory.clone(), self.now);
+            let expected: Vec<Remembered> = memory
+                .into_iter()
+                .map(|entry| Remembered {
+                    claim: match entry.claim {
+                        _ if self.lease.is_zero() => Claim::Released,
+                        Claim::Serving => Claim::Leased {
+                            until: self.now + self.lease,
+                        },
+                        other => other,
+                    },
+                    ..entry
+                })
+                // Without a lease there is nothing to remember of a pin.
+                .filter(|entry| entry.claim != Claim::Released || ![103, 107].contains(&entry.port))
+                .collect();
+            assert_eq!(self.allocator.memory(), expected);
         }
 
         fn apply(&mut self, op: Op) {
@@ -1361,6 +1793,7 @@ mod tests {
                     assert!(self.allocator.poll_timeout().is_none_or(|at| at > self.now));
                 }
                 Op::ReleaseAll => self.allocator.release_all(),
+                Op::Restart => self.restart(),
             }
             self.perform();
             self.check();
@@ -1388,6 +1821,13 @@ mod tests {
                 match effect {
                     Effect::Bind { port, allocation } => {
                         assert_eq!(self.asked.insert(port, allocation), None, "bound twice");
+                        if let Some((id, tenancy)) = self.allocator.port(port).unwrap().tenant
+                            && tenancy == allocation
+                        {
+                            // Nobody has asked for a restored lease.
+                            let new = (id.clone(), Phase::Waiting);
+                            self.tenancies.entry(allocation).or_insert(new);
+                        }
                         let outcome = if self.held_by_others.contains(&port) {
                             Err(BindFailure::InUse)
                         } else if !self.descriptors {
@@ -1407,6 +1847,17 @@ mod tests {
                         let (_, phase) = self.tenancies.get_mut(&allocation).unwrap();
                         assert_eq!(*phase, Phase::Waiting);
                         *phase = Phase::Granted;
+                    }
+                    Effect::Reclaimed {
+                        allocation,
+                        port,
+                        agent,
+                    } => {
+                        assert_eq!(self.listening.get(&port), Some(&allocation));
+                        let tenancy = self
+                            .tenancies
+                            .insert(allocation, (agent.clone(), Phase::Granted));
+                        assert_eq!(tenancy, Some((agent, Phase::Waiting)));
                     }
                     Effect::Refused { allocation, .. } => {
                         let (_, phase) = self.tenancies.get_mut(&allocation).unwrap();

@@ -6,6 +6,6 @@
 mod allocator;
 
 pub use allocator::{
-    Allocation, Allocator, Answer, BindFailure, Config, Counts, Effect, PinError, PortState,
-    PortView, Refusal,
+    Allocation, Allocator, Answer, BindFailure, Claim, Config, Counts, Effect, PinError, PortState,
+    PortView, Refusal, Remembered,
 };

@@ -20,13 +20,15 @@ pub struct Row {
     pub agent_id: AgentId,
     /// The port.
     pub port: u16,
-    /// The current session, or the last one while the port is leased.
+    /// The current session, or the last one while the port is leased; 0 for a lease from before
+    /// the server's start.
     pub generation: Generation,
     /// Whether there is a session now.
     pub state: RowState,
     /// Where the session's connection comes from; none without a session.
     pub peer: Option<SocketAddr>,
-    /// When the session was welcomed.
+    /// When the session was welcomed; for a lease from before the server's start, when that was
+    /// written down.
     pub connected_at: SystemTime,
     /// The agent's version, as its hello says.
     pub version: String,

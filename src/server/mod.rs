@@ -14,7 +14,9 @@ pub mod directory;
 mod ingress;
 mod registry;
 mod respond;
+mod rivals;
 mod session;
+mod state_file;
 mod tenancy;
 mod worker;
 
@@ -35,6 +37,8 @@ use tracing::{error, info, warn};
 use self::admin::{Admin, AdminState, Readiness};
 use self::directory::Directory;
 use self::registry::Registry;
+pub use self::state_file::StateFileError;
+use self::state_file::{Moment, Signal, StateFile};
 use self::worker::{Job, JobSender, Shared, Worker};
 use crate::config::ServerConfig;
 use crate::headers::RequestIds;
@@ -48,6 +52,10 @@ const TUNNEL_LISTENER: u64 = 0;
 
 /// How often a draining server looks whether everything has come to rest.
 const REST_INTERVAL: Duration = Duration::from_millis(10);
+
+/// How long the server's end may wait for the last write of the state file. It was begun when the
+/// drain was; a disk that takes longer shall not hold the process.
+const LAST_WRITE: Duration = Duration::from_secs(1);
 
 /// Why a server could not be started.
 #[derive(Debug, Error)]
@@ -65,6 +73,9 @@ pub enum StartError {
     /// The pinned ports contradict each other or the server's own.
     #[error("http.static_ports: {0}")]
     Pins(#[from] PinError),
+    /// The state file can't be used.
+    #[error("cannot use http.state_file: {0}")]
+    StateFile(#[from] StateFileError),
     /// A thread or its runtime could not be set up.
     #[error("cannot start: {0}")]
     Threads(#[from] io::Error),
@@ -81,12 +92,26 @@ pub struct Server {
     stop_workers: CancellationToken,
     stop_admin: CancellationToken,
     threads: Vec<JoinHandle<()>>,
+    /// To the thread that writes the state file, if there is one.
+    saver: Option<Arc<Signal>>,
     admin: Admin,
 }
 
 impl Server {
     /// Binds the admin and the tunnel port, and starts the threads. It serves when this returns.
     pub fn start(config: ServerConfig) -> Result<Self, StartError> {
+        let (state_file, memory) = match &config.http.state_file {
+            Some(path) => {
+                let now = Moment {
+                    here: Duration::ZERO,
+                    calendar: SystemTime::now(),
+                };
+                let (file, memory) = StateFile::open(path, now)?;
+                (Some(file), memory)
+            }
+            None => (None, None),
+        };
+        let saver = state_file.as_ref().map(|_| Arc::new(Signal::default()));
         let admin_listener = listen(config.http.host, config.http.port, "http.port")?;
         let tunnel_listener = listen(config.grpc.host, config.grpc.port, "grpc.port")?;
         let admin_address = admin_listener.local_addr()?;
@@ -101,7 +126,14 @@ impl Server {
         let readiness = Readiness::new();
         let serving = readiness.step("acceptor");
         let reserved = BTreeSet::from([admin_address.port(), tunnel_address.port()]);
-        let registry = Registry::new(&config, reserved, directory.clone(), metrics.clone())?;
+        let registry = Registry::new(
+            &config,
+            reserved,
+            directory.clone(),
+            metrics.clone(),
+            memory,
+            saver.clone(),
+        )?;
         let shared = Arc::new(Shared {
             pool: Pool::new(config.server.max_buffered),
             visitors: AtomicUsize::new(0),
@@ -172,6 +204,14 @@ impl Server {
                 }
             })?);
         }
+        if let (Some(file), Some(saver)) = (state_file, saver.clone()) {
+            let registry = registry.clone();
+            let keep = move || state_file::keep(&file, &saver, || registry.memory());
+            // Not among the threads that are joined: a disk may hold it.
+            std::thread::Builder::new()
+                .name("silo-state".into())
+                .spawn(keep)?;
+        }
         let state = AdminState {
             directory,
             metrics,
@@ -204,6 +244,7 @@ impl Server {
             stop_workers,
             stop_admin,
             threads,
+            saver,
             admin,
         })
     }
@@ -266,8 +307,16 @@ impl Server {
         self.acceptor.shutdown();
         self.stop_workers.cancel();
         self.stop_admin.cancel();
-        let Self { threads, admin, .. } = self;
+        let Self {
+            threads,
+            saver,
+            admin,
+            ..
+        } = self;
         let joined = tokio::task::spawn_blocking(move || {
+            if saver.is_some_and(|saver| !saver.finish(LAST_WRITE)) {
+                warn!("http.state_file: the disk doesn't take the last write");
+            }
             for thread in threads {
                 if thread.join().is_err() {
                     error!("a worker thread panicked");

@@ -18,22 +18,29 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::directory::{Directory, Row, RowState, Snapshot};
+use super::rivals::{Instance, Newcomer, Rivals};
 use super::session::Session;
+use super::state_file::{Memory, Moment, Signal};
 use super::tenancy::{Tenancy, Tunnel};
 use crate::config::ServerConfig;
 use crate::id::{AgentId, Generation};
 use crate::metrics::{AgentStats, Metrics, PortState};
 use crate::net::acceptor::{AcceptorHandle, Command, Listener};
-use crate::ports::{self, Allocation, Allocator, Answer, Effect, PinError};
+use crate::ports::{self, Allocation, Allocator, Answer, Effect, PinError, Remembered};
 use crate::telemetry::{Told, Who, may_say};
 
 /// How often the directory is rebuilt at most. Pollers see a change this much later.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(50);
 
+/// The host of an agent's URL when neither the settings nor the agent named one.
+pub(super) const DEFAULT_HOST: &str = "localhost";
+
 /// An agent that has shown who it is and asks for its port.
 pub(super) struct Applicant {
     /// Who it is.
     pub agent_id: AgentId,
+    /// Which process of that agent.
+    pub instance: Option<Instance>,
     /// The port it had last, as far as it knows.
     pub last_port: Option<u16>,
     /// Its session.
@@ -72,6 +79,9 @@ pub(super) enum JoinError {
     /// A newer session of the same agent came while this one waited.
     #[error("a newer session of this agent took over")]
     Replaced,
+    /// This process has lost the id to one that is connected.
+    #[error("the agent that took this id over is still connected; two agents must not share an id")]
+    Duplicate,
     /// The server is shutting down.
     #[error("the server is shutting down")]
     Draining,
@@ -90,10 +100,19 @@ pub(super) struct Registry {
     changed: Notify,
     /// Time in the allocator counts from here.
     epoch: Instant,
+    /// The word to whoever writes the state file, if there is one.
+    saver: Option<Arc<Signal>>,
+    /// For the rows of leases from before a restart: when they were written, and the host of
+    /// their URLs.
+    restored: (SystemTime, String),
 }
 
 struct State {
     allocator: Allocator,
+    /// The allocator's memory that the saver has been told of.
+    told_revision: u64,
+    /// What was to be remembered when the drain began, which released every port.
+    last_memory: Option<Vec<Remembered>>,
     /// The newest session of each agent that holds a port, connected or not.
     members: HashMap<AgentId, Member>,
     /// Sessions whose port is being bound. One at most for each tenancy.
@@ -115,32 +134,47 @@ struct Member {
     generation: Generation,
     /// None while the port is leased.
     session: Option<Arc<Session>>,
+    rivals: Rivals,
     row: Arc<Row>,
 }
 
 struct Waiting {
     applicant: Applicant,
+    /// With those whom the applicant has turned out while they waited.
+    rivals: Rivals,
     reply: oneshot::Sender<Result<Joined, JoinError>>,
 }
 
 impl Registry {
-    /// A registry without members.
+    /// A registry without members. What `memory` says of ports is taken over: leases that still
+    /// run are bound again. `saver` is told whenever what is to be remembered has changed.
     pub(super) fn new(
         config: &ServerConfig,
         reserved: BTreeSet<u16>,
         directory: Arc<Directory>,
         metrics: Arc<Metrics>,
+        memory: Option<Memory>,
+        saver: Option<Arc<Signal>>,
     ) -> Result<Arc<Self>, PinError> {
-        let allocator = Allocator::new(ports::Config {
+        let mut allocator = Allocator::new(ports::Config {
             range: config.http.agent_port_range.clone(),
             pinned: config.http.static_ports.clone(),
             reserved,
             lease: config.http.port_lease,
             foreign_retry: ports::Config::FOREIGN_RETRY,
         })?;
-        Ok(Arc::new(Self {
+        let restored_at = memory
+            .as_ref()
+            .map_or(SystemTime::now(), |memory| memory.written);
+        let public_host = config.http.public_host.clone();
+        if let Some(memory) = memory {
+            allocator.restore(memory.ports, Duration::ZERO);
+        }
+        let registry = Arc::new(Self {
             state: Mutex::new(State {
                 allocator,
+                told_revision: 0,
+                last_memory: None,
                 members: HashMap::new(),
                 waiting: HashMap::new(),
                 commands: VecDeque::new(),
@@ -156,7 +190,14 @@ impl Registry {
             acceptor: OnceLock::new(),
             changed: Notify::new(),
             epoch: Instant::now(),
-        }))
+            saver,
+            restored: (
+                restored_at.min(SystemTime::now()),
+                public_host.unwrap_or_else(|| DEFAULT_HOST.into()),
+            ),
+        });
+        registry.settle(&mut registry.lock());
+        Ok(registry)
     }
 
     /// Says whom to wake when there is something to bind or to close.
@@ -166,12 +207,20 @@ impl Registry {
     }
 
     /// Takes a session in: waits until its port is bound, or says why there is none. A session
-    /// that the agent already has is replaced; its port isn't bound anew.
+    /// that the agent already has is replaced, and its port isn't bound anew, unless it is the one
+    /// that has replaced this process before.
     pub(super) async fn join(&self, applicant: Applicant) -> Result<Joined, JoinError> {
         let answer = {
             let mut state = self.lock();
             if state.draining {
                 return Err(JoinError::Draining);
+            }
+            let member = state.members.get(&applicant.agent_id);
+            if let Some(member) = member
+                && member.session.is_some()
+                && member.rivals.judge(applicant.instance) == Newcomer::Loser
+            {
+                return Err(JoinError::Duplicate);
             }
             let now = self.epoch.elapsed();
             let answer =
@@ -184,16 +233,25 @@ impl Registry {
                         return Err(refusal.into());
                     }
                     Answer::Ready { allocation, port } => {
-                        let joined = self.admit(&mut state, applicant, allocation, port);
+                        let none = Rivals::default();
+                        let joined = self.admit(&mut state, applicant, allocation, port, none);
                         self.settle(&mut state);
                         return Ok(joined);
                     }
                     Answer::Opening { allocation } => {
                         let (reply, answer) = oneshot::channel();
-                        let waiting = Waiting { applicant, reply };
-                        if let Some(older) = state.waiting.insert(allocation, waiting) {
+                        let mut rivals = Rivals::default();
+                        if let Some(older) = state.waiting.remove(&allocation) {
+                            rivals = older.rivals;
                             let _ = older.reply.send(Err(JoinError::Replaced));
                         }
+                        rivals.admit(applicant.instance);
+                        let waiting = Waiting {
+                            applicant,
+                            rivals,
+                            reply,
+                        };
+                        state.waiting.insert(allocation, waiting);
                         answer
                     }
                 };
@@ -291,6 +349,20 @@ impl Registry {
         }
     }
 
+    /// What a restart should know, as [`state_file::keep`](super::state_file::keep) wants it.
+    pub(super) fn memory(&self) -> (u64, Vec<Remembered>, Moment) {
+        let state = self.lock();
+        let ports = match &state.last_memory {
+            Some(last) => last.clone(),
+            None => state.allocator.memory(),
+        };
+        let now = Moment {
+            here: self.epoch.elapsed(),
+            calendar: SystemTime::now(),
+        };
+        (state.told_revision, ports, now)
+    }
+
     /// Closes every port and takes nobody in any more. Sessions go on until they are ended;
     /// returned are those that are connected, replaced ones included.
     pub(super) fn drain(&self) -> Vec<Arc<Session>> {
@@ -302,6 +374,8 @@ impl Registry {
             .filter_map(|member| member.session.clone())
             .chain(state.replaced.iter().filter_map(Weak::upgrade))
             .collect();
+        // Whoever is connected has its port again after a restart.
+        state.last_memory = Some(state.allocator.memory());
         state.allocator.release_all();
         self.settle(&mut state);
         self.publish(&mut state);
@@ -331,6 +405,11 @@ impl Registry {
                         let _ = waiting.reply.send(Err(refusal.into()));
                     }
                 }
+                Effect::Reclaimed {
+                    allocation,
+                    port,
+                    agent,
+                } => self.reclaimed(state, allocation, port, agent),
                 Effect::Released { allocation, port } => self.released(state, allocation, port),
                 Effect::Foreign { port, failure } => {
                     if let Some(Told { repeated, others }) = may_say("foreign", port) {
@@ -359,16 +438,27 @@ impl Registry {
         {
             acceptor.wake();
         }
+        let revision = state.allocator.memory_revision();
+        if let Some(saver) = &self.saver
+            && std::mem::replace(&mut state.told_revision, revision) != revision
+        {
+            saver.changed();
+        }
         self.changed.notify_one();
     }
 
     fn granted(&self, state: &mut State, allocation: Allocation, port: u16) {
-        let Some(Waiting { applicant, reply }) = state.waiting.remove(&allocation) else {
+        let Some(waiting) = state.waiting.remove(&allocation) else {
             return;
         };
+        let Waiting {
+            applicant,
+            rivals,
+            reply,
+        } = waiting;
         let agent_id = applicant.agent_id.clone();
         info!(port, %agent_id, "port opened");
-        let joined = self.admit(state, applicant, allocation, port);
+        let joined = self.admit(state, applicant, allocation, port, rivals);
         let generation = joined.generation;
         if reply.send(Ok(joined)).is_err()
             && let Some(member) = state.members.get_mut(&agent_id)
@@ -382,13 +472,15 @@ impl Registry {
         }
     }
 
-    /// Makes the applicant the agent's session on a port that is bound.
+    /// Makes the applicant the agent's session on a port that is bound. `rivals` are those of the
+    /// wait for the port, if there was one.
     fn admit(
         &self,
         state: &mut State,
         applicant: Applicant,
         allocation: Allocation,
         port: u16,
+        mut rivals: Rivals,
     ) -> Joined {
         let generation = Generation(state.next_generation);
         state.next_generation += 1;
@@ -412,12 +504,23 @@ impl Registry {
             worker: applicant.worker,
         });
         self.routes.insert(port, tenancy.clone());
-        if let Some(session) = older.and_then(|member| member.session) {
-            info!(%agent_id, %generation, "session replaced by a newer one of the same agent");
-            state.replaced.retain(|session| session.strong_count() > 0);
-            state.replaced.push(Arc::downgrade(&session));
-            session.replace();
+        if let Some(member) = older {
+            rivals = member.rivals;
+            match (member.session, rivals.judge(applicant.instance)) {
+                (None, _) => {}
+                (Some(session), Newcomer::Reconnect) => {
+                    info!(%agent_id, %generation, "agent reconnected; its older session is ended");
+                    session.outlived();
+                }
+                (Some(session), Newcomer::Successor | Newcomer::Loser) => {
+                    info!(%agent_id, %generation, "session replaced by a newer one of the same agent");
+                    state.replaced.retain(|session| session.strong_count() > 0);
+                    state.replaced.push(Arc::downgrade(&session));
+                    session.replace();
+                }
+            }
         }
+        rivals.admit(applicant.instance);
         let public_url = format!("http://{}:{port}/", applicant.public_host);
         let row = Arc::new(Row {
             agent_id: agent_id.clone(),
@@ -438,6 +541,7 @@ impl Registry {
                 tenancy,
                 generation,
                 session: Some(applicant.session),
+                rivals,
                 row,
             },
         );
@@ -447,6 +551,37 @@ impl Registry {
             public_url,
             stats,
         }
+    }
+
+    /// Lets visitors of a lease from before the restart know that the agent is away.
+    fn reclaimed(&self, state: &mut State, allocation: Allocation, port: u16, agent_id: AgentId) {
+        let (seen, host) = &self.restored;
+        let stats = AgentStats::new(*seen);
+        let tenancy = Tenancy::new(agent_id.clone(), allocation, port, stats.clone());
+        self.routes.insert(port, tenancy.clone());
+        // No session has this number.
+        let generation = Generation(0);
+        let row = Arc::new(Row {
+            agent_id: agent_id.clone(),
+            port,
+            generation,
+            state: RowState::Leased,
+            peer: None,
+            connected_at: *seen,
+            version: String::new(),
+            labels: BTreeMap::new(),
+            public_url: format!("http://{host}:{port}/"),
+            stats,
+        });
+        let member = Member {
+            tenancy,
+            generation,
+            session: None,
+            rivals: Rivals::default(),
+            row,
+        };
+        state.members.insert(agent_id, member);
+        state.revision += 1;
     }
 
     fn released(&self, state: &mut State, allocation: Allocation, port: u16) {

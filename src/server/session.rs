@@ -15,7 +15,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
-use super::registry::{Applicant, JoinError, Joined};
+use super::registry::{Applicant, DEFAULT_HOST, JoinError, Joined};
+use super::rivals::Instance;
 use super::worker::Worker;
 use crate::id::{AgentId, MAX_LABEL_LEN, MAX_LABELS};
 use crate::link::{Ended, Link, Observer};
@@ -78,6 +79,12 @@ impl Session {
                 REPLACED_RETRY,
             ));
         });
+    }
+
+    /// Ends the session at once because the same process has opened a newer one: nobody is left at
+    /// its other end, and what is under way can't finish.
+    pub(super) fn outlived(&self) {
+        self.link.close();
     }
 
     /// Ends the session because the server shuts down.
@@ -333,13 +340,14 @@ async fn welcome(
                 .host
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
-            host.clone().unwrap_or_else(|| "localhost".into())
+            host.clone().unwrap_or_else(|| DEFAULT_HOST.into())
         }
     };
     let joined = shared
         .registry
         .join(Applicant {
             agent_id: agent_id.clone(),
+            instance: Instance::read(&hello.instance),
             last_port: u16::try_from(hello.last_port)
                 .ok()
                 .filter(|port| *port != 0),
@@ -386,6 +394,11 @@ impl From<JoinError> for Turned {
             JoinError::Replaced => (
                 RejectionKind::Replaced,
                 RejectionReason::Replaced,
+                REPLACED_RETRY,
+            ),
+            JoinError::Duplicate => (
+                RejectionKind::Duplicate,
+                RejectionReason::Duplicate,
                 REPLACED_RETRY,
             ),
             JoinError::Draining => (

@@ -11,6 +11,7 @@
 )]
 
 pub mod raw;
+pub mod relay;
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
