@@ -559,6 +559,7 @@ impl Registry {
         let stats = AgentStats::new(*seen);
         let tenancy = Tenancy::new(agent_id.clone(), allocation, port, stats.clone());
         self.routes.insert(port, tenancy.clone());
+        info!(port, %agent_id, "port opened for an agent that is away");
         // No session has this number.
         let generation = Generation(0);
         let row = Arc::new(Row {
