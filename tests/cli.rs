@@ -113,7 +113,7 @@ grpc:
     for line in [
         "server.yaml:2:3: http.prot: no such setting; did you mean http.port?",
         "server.yaml:5:17: http.head_timeout: ",
-        "server.yaml:6:3: http.access_log: not built yet",
+        "server.yaml:6:15: http.access_log: expected `off`, `stderr`, `stdout` or a file name",
         "server.yaml:10:5: grpc.auth.shared_tokn: no such setting; did you mean grpc.auth.shared_token?",
         "http.agent_port_range.start (9000) is greater than http.agent_port_range.end (8000)",
     ] {

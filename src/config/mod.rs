@@ -24,7 +24,7 @@ pub use fault::{ConfigError, Fault, FaultKind, Place};
 pub use server::{HttpConfig, ProcessConfig, ServerConfig, TunnelConfig};
 pub use sources::Sources;
 pub use table::{Kind, Preset, Role, Setting, environment_name, example, markdown, table};
-pub use value::{Cidr, HostHeader, HostPort, InvalidValue, PemFile, Scheme, ServiceUrl};
+pub use value::{Cidr, HostHeader, HostPort, InvalidValue, LogOutput, PemFile, Scheme, ServiceUrl};
 
 use crate::telemetry::{Filter, Format};
 

@@ -4,16 +4,20 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
+use http::{HeaderName, HeaderValue, Method};
+
 use crate::auth::Policy;
+use crate::cors::{Cors, InvalidOrigin, Origin, Origins};
 use crate::id::{AgentId, Secret};
 
 use super::LogConfig;
 use super::fault::ConfigError;
 use super::sources::{Reader, Sources, secret};
 use super::table::Role;
-use super::value::{self, Cidr, InvalidValue};
+use super::value::{self, Cidr, InvalidValue, LogOutput};
 
 /// Everything a server is told; the fields mirror the sections of the file.
 #[derive(Debug, Clone)]
@@ -79,6 +83,11 @@ pub struct HttpConfig {
     pub send_timeout: Duration,
     /// `http.max_body`: bytes of one request's body; more get 413. `None`: no limit.
     pub max_body: Option<u64>,
+    /// `http.cors`: whose pages may read answers from agents' ports. `None`: that is left to the
+    /// services.
+    pub cors: Option<Cors>,
+    /// `http.access_log`: where a line for each request goes. `None`: nowhere.
+    pub access_log: Option<LogOutput>,
 }
 
 /// Section `grpc` of a server.
@@ -152,6 +161,8 @@ impl ServerConfig {
                 idle_timeout: from.time("http.idle_timeout"),
                 send_timeout: from.time("http.send_timeout"),
                 max_body: from.limit("http.max_body"),
+                cors: cors(from),
+                access_log: from.output("http.access_log"),
             },
             grpc: TunnelConfig {
                 host: from.value("grpc.host", value::address),
@@ -275,6 +286,89 @@ fn at_most(
         faults.contradiction(&[part, whole], text);
     }
     *value = limit.min(*value);
+}
+
+/// Reads `http.cors`. Without origins the rest of it means nothing, so nobody may set it.
+fn cors(from: &mut Reader) -> Option<Cors> {
+    const ORIGINS: &str = "http.cors.allowed_origins";
+    const CREDENTIALS: &str = "http.cors.allow_credentials";
+    let mut any = false;
+    let mut listed = Vec::new();
+    for origin in from.list(ORIGINS, origin) {
+        match origin {
+            Some(origin) => listed.push(origin),
+            None => any = true,
+        }
+    }
+    let methods = from.list("http.cors.allowed_methods", method);
+    let names = from.list("http.cors.allowed_headers", header_name);
+    let credentials = from.value(CREDENTIALS, value::flag);
+    let max_age = from.time("http.cors.max_age");
+
+    if any && !listed.is_empty() {
+        let text = format!("{ORIGINS} has \"*\" for all beside others: keep either");
+        from.contradiction(&[ORIGINS], text);
+    }
+    if any && credentials {
+        let text = format!(
+            "{CREDENTIALS} lets pages read what only their visitor may, so {ORIGINS} can't be \
+             \"*\": name the origins"
+        );
+        from.contradiction(&[ORIGINS, CREDENTIALS], text);
+    }
+    if !any && listed.is_empty() {
+        for path in [
+            "http.cors.allowed_methods",
+            "http.cors.allowed_headers",
+            CREDENTIALS,
+            "http.cors.max_age",
+        ] {
+            if from.is_set(path) {
+                let text = format!("{path} is set, but {ORIGINS} isn't, so it has no effect");
+                from.contradiction(&[path, ORIGINS], text);
+            }
+        }
+        return None;
+    }
+    Some(Cors {
+        origins: if any {
+            Origins::Any
+        } else {
+            Origins::Only(listed)
+        },
+        methods,
+        // A list of names is a valid value.
+        headers: HeaderValue::from_str(&names.join(", "))
+            .ok()
+            .filter(|names| !names.is_empty()),
+        credentials,
+        max_age,
+    })
+}
+
+/// One origin, or `None` for `*`.
+fn origin(text: &str) -> Result<Option<Origin>, InvalidValue> {
+    match text {
+        "*" => Ok(None),
+        text => text
+            .parse()
+            .map(Some)
+            .map_err(|error: InvalidOrigin| InvalidValue::new(error.to_string())),
+    }
+}
+
+fn method(text: &str) -> Result<Method, InvalidValue> {
+    text.parse()
+        .map_err(|_| InvalidValue::new("expected a method such as GET"))
+}
+
+fn header_name(text: &str) -> Result<String, InvalidValue> {
+    match HeaderName::from_str(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(_) => Err(InvalidValue::new(
+            "expected a header name such as Content-Type",
+        )),
+    }
 }
 
 fn port(text: &str) -> Result<u16, InvalidValue> {

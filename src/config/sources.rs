@@ -13,7 +13,7 @@ use crate::id::{AgentId, Secret};
 
 use super::fault::{ConfigError, Fault, FaultKind, Place};
 use super::table::{Kind, Preset, Role, Setting, environment_name, table};
-use super::value::{self, Cidr, InvalidValue, PemFile};
+use super::value::{self, Cidr, InvalidValue, LogOutput, PemFile};
 use super::yaml::{self, Entry, Node, Position, Value};
 
 /// The longest file of a secret or of certificates, in bytes.
@@ -342,31 +342,64 @@ impl Reader {
         values
     }
 
-    /// Addresses and blocks. In a text they are separated by commas.
+    /// Addresses and blocks.
     pub(super) fn networks(&mut self, path: &'static str) -> Vec<Cidr> {
-        let Some(found) = self.found.get(path) else {
-            return Vec::new();
+        self.list(path, str::parse)
+    }
+
+    /// A list of what `parse` reads; nothing if nobody set it and it has no default. In a text
+    /// its parts are separated by commas.
+    pub(super) fn list<T>(
+        &mut self,
+        path: &'static str,
+        parse: impl Fn(&str) -> Result<T, InvalidValue>,
+    ) -> Vec<T> {
+        let split = |text: &str, place: &Place| -> Vec<(String, Place)> {
+            let part = |part: &str| (part.trim().to_owned(), place.clone());
+            text.split(',').map(part).collect()
         };
-        let parts: Vec<(String, Place)> = match &found.raw {
-            Raw::List(items) => items.clone(),
-            Raw::Text(text) => {
-                let part = |part: &str| (part.trim().to_owned(), found.place.clone());
-                text.split(',').map(part).collect()
-            }
-            Raw::Pairs(_) => {
-                let place = found.place.clone();
-                self.invalid(path, place, format!("expected {}", self.setting(path).kind));
-                return Vec::new();
-            }
+        let parts = match (self.found.get(path), self.setting(path).preset) {
+            (Some(found), _) => match &found.raw {
+                Raw::List(items) => items.clone(),
+                Raw::Text(text) => split(text, &found.place),
+                Raw::Pairs(_) => {
+                    let place = found.place.clone();
+                    self.invalid(path, place, format!("expected {}", self.setting(path).kind));
+                    return Vec::new();
+                }
+            },
+            (None, Preset::Value(text)) => split(text, &Place::Nowhere),
+            (None, Preset::Unset { .. } | Preset::Required(_)) => return Vec::new(),
         };
-        let mut networks = Vec::new();
+        let mut values = Vec::new();
         for (text, place) in parts {
-            match text.parse() {
-                Ok(network) => networks.push(network),
+            match parse(&text) {
+                Ok(value) => values.push(value),
                 Err(error) => self.invalid(path, place, format!("{error}; found {text:?}")),
             }
         }
-        networks
+        values
+    }
+
+    /// Where lines go; `None` for `off`.
+    pub(super) fn output(&mut self, path: &'static str) -> Option<LogOutput> {
+        let kind = self.setting(path).kind;
+        let text = self.value(path, |text| match text {
+            // Meant as a switch, it would become a file of that name.
+            "" | "true" | "false" | "on" | "yes" | "no" => {
+                Err(InvalidValue::new(format!("expected {kind}")))
+            }
+            text => Ok(text.to_owned()),
+        });
+        match &*text {
+            "off" => None,
+            "stderr" => Some(LogOutput::Stderr),
+            "stdout" => Some(LogOutput::Stdout),
+            name => {
+                let source = self.found.get(path)?.source;
+                Some(LogOutput::File(self.path_of(name, source)))
+            }
+        }
     }
 
     /// The file whose name stands at `path`. It needn't be there.

@@ -121,6 +121,14 @@ pub enum Kind {
     Networks,
     /// The name of a file.
     FileName,
+    /// A [`LogOutput`](super::LogOutput), or none.
+    Output,
+    /// An [`Origins`](crate::cors::Origins).
+    Origins,
+    /// Methods of HTTP.
+    Methods,
+    /// Names of header lines.
+    HeaderNames,
     /// A file of certificates.
     Certificates,
     /// Documented, but not in this version: refused with everything below it.
@@ -401,8 +409,44 @@ static SERVER: &[Setting] = &[
         "off",
         "Largest body of a request; larger ones get 413. Off, because bodies are streamed and cost no memory.",
     ),
-    not_built("http.cors", "CORS answers on the agents' ports."),
-    not_built("http.access_log", "One line a request."),
+    unset(
+        "http.cors.allowed_origins",
+        Kind::Origins,
+        "no CORS: all is left to the services",
+        "[https://app.example.com]",
+        "Origins whose pages may read answers from agents' ports: as browsers send them, or `\"*\"` for all. With it, preflights are answered by the server and don't reach the agents.",
+    ),
+    setting(
+        "http.cors.allowed_methods",
+        Kind::Methods,
+        "GET, HEAD, POST, PUT, PATCH, DELETE",
+        "Methods that those pages may use.",
+    ),
+    unset(
+        "http.cors.allowed_headers",
+        Kind::HeaderNames,
+        "those that the browser asks for",
+        "[Authorization, Content-Type]",
+        "Header lines that those pages may send.",
+    ),
+    setting(
+        "http.cors.allow_credentials",
+        Kind::Flag,
+        "false",
+        "Whether cookies and credentials go with requests of those pages. Not with `\"*\"`: any page could read what its visitor may.",
+    ),
+    setting(
+        "http.cors.max_age",
+        wait(),
+        "10m",
+        "How long browsers may remember the answer to a preflight. They forget after some hours anyway.",
+    ),
+    setting(
+        "http.access_log",
+        Kind::Output,
+        "off",
+        "One line a request: `stderr`, `stdout`, or the name of a file, which grows at its end and is opened again on SIGHUP. Lines follow `log.format`; their paths are without the query.",
+    ),
     setting(
         "grpc.host",
         Kind::Address,
@@ -718,6 +762,10 @@ impl fmt::Display for Kind {
             Self::Labels => f.write_str("NAME: TEXT pairs"),
             Self::Ports => f.write_str("ID: PORT pairs"),
             Self::Networks => f.write_str("list of addresses and blocks"),
+            Self::Output => f.write_str("`off`, `stderr`, `stdout` or a file name"),
+            Self::Origins => f.write_str("list of origins, or `\"*\"`"),
+            Self::Methods => f.write_str("list of methods"),
+            Self::HeaderNames => f.write_str("list of header names"),
             Self::FileName | Self::Certificates => f.write_str("file name"),
             Self::NotBuilt => f.write_str("not built yet: refused"),
         }

@@ -20,6 +20,7 @@ use tokio::time::{Instant, MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use super::access::AccessLog;
 use super::ingress::visitor::{self, Watched};
 use super::registry::Registry;
 use super::session::{Connection, TunnelService};
@@ -72,6 +73,8 @@ pub(super) struct Shared {
     pub(super) handshakes: Mutex<BTreeMap<u64, CancellationToken>>,
     /// Tunnel connections by worker, welcomed or not: new ones go where the fewest are.
     pub(super) tunnels: Vec<AtomicUsize>,
+    /// Where lines about requests go, if anywhere.
+    pub(super) access: Option<AccessLog>,
     /// Wakes each worker's sweep.
     pub sweeps: Vec<Arc<Notify>>,
 }

@@ -11,7 +11,7 @@ use std::fmt;
 use std::io::{self, IsTerminal};
 use std::panic::PanicHookInfo;
 use std::str::FromStr;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -188,15 +188,21 @@ static LINES: OnceLock<Spool> = OnceLock::new();
 pub fn init(filter: &Filter, format: Format) -> Result<Telemetry, InitError> {
     if LINES.get().is_none() {
         // Were there two, the second would end unused.
-        let _ = LINES.set(Spool::start("silo-log", QUEUE, Stderr, |report| {
-            // What can't be written to standard error can't be said there either.
-            if let Report::Dropped(lines) = report {
-                warn!(
-                    lines,
-                    "log lines were dropped: standard error was not read in time"
-                );
-            }
-        })?);
+        let _ = LINES.set(Spool::start(
+            "silo-log",
+            QUEUE,
+            Stderr,
+            Arc::default(),
+            |report| {
+                // What can't be written to standard error can't be said there either.
+                if let Report::Dropped(lines) = report {
+                    warn!(
+                        lines,
+                        "log lines were dropped: standard error was not read in time"
+                    );
+                }
+            },
+        )?);
     }
     let (level, filter) = reload::Layer::new(EnvFilter::new(filter.quieted()));
     let lines = tracing_subscriber::fmt::layer().with_writer(Lines);

@@ -3,26 +3,30 @@
 
 pub(super) mod visitor;
 
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::io::{self, ErrorKind};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll};
+use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
-use http::header::{CONTENT_LENGTH, EXPECT};
-use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
+use http::header::{CONTENT_LENGTH, EXPECT, ORIGIN};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use self::visitor::{Watched, WatchedBody};
+use super::access::Entry;
 use super::respond::Fault;
 use super::tenancy::Tenancy;
 use super::worker::Worker;
 use crate::config::HttpConfig;
+use crate::cors::Cors;
 use crate::head::RequestHead;
 use crate::headers::{
     self, Direction, Forwarding, check_request, forward_request, forward_trailers,
@@ -35,11 +39,16 @@ use crate::mux::{HeadRead, Read, Reason};
 /// connection can be used again. A visitor with more to send has it closed.
 const DRAIN_LIMIT: usize = 64 * 1024;
 
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
 /// What the requests of one connection share.
 pub(super) struct Visit {
     worker: Arc<Worker>,
     tenancy: Arc<Tenancy>,
     watched: Arc<Watched>,
+    peer: IpAddr,
+    peer_is_trusted: bool,
     forwarding: Forwarding,
 }
 
@@ -55,6 +64,8 @@ impl Visit {
         let is_trusted = trusted.iter().any(|block| block.contains(peer));
         Self {
             forwarding: Forwarding::new(peer, is_trusted),
+            peer,
+            peer_is_trusted: is_trusted,
             worker,
             tenancy,
             watched,
@@ -67,11 +78,16 @@ pub(super) async fn serve(
     visit: Arc<Visit>,
     request: Request<Incoming>,
 ) -> Result<Response<Answer>, Infallible> {
-    let underway = Underway::begin(&visit);
+    let mut underway = Underway::begin(&visit, &request);
     let version = request.version();
     let is_head = *request.method() == Method::HEAD;
-    let response = match forward(&visit, request).await {
-        Ok((head, exchange, upload)) => {
+    let cors = visit.worker.shared().config.http.cors.as_ref();
+    let origin = cors.and_then(|_| request.headers().get(ORIGIN).cloned());
+    let response = match forward(&visit, request, &mut underway.record).await {
+        Ok((mut head, exchange, upload)) => {
+            if let Some(cors) = cors {
+                cors.extend(origin.as_ref(), head.headers_mut());
+            }
             // What has a body, but neither length nor chunks (RFC 9112, section 6.3).
             let bodiless = matches!(
                 head.status(),
@@ -82,6 +98,10 @@ pub(super) async fn serve(
                 && !bodiless
                 && !head.headers().contains_key(CONTENT_LENGTH);
             visit.watched.answer_ends_by_close(by_close);
+            if let Some(record) = &mut underway.record {
+                record.answered(head.status(), is_head || bodiless);
+                record.length = length_of(head.headers());
+            }
             head.map(|()| Answer {
                 source: Source::Exchange(exchange),
                 last_look: false,
@@ -89,13 +109,34 @@ pub(super) async fn serve(
                 underway,
             })
         }
-        Err((fault, upload)) => {
-            if fault.closes() {
-                visit.watched.linger();
+        Err((own, upload)) => {
+            let response = match own {
+                Own::Fault(fault) => {
+                    if fault.closes() {
+                        visit.watched.linger();
+                    }
+                    visit.worker.metrics().failures.inc(fault.failure());
+                    if let Some(record) = &mut underway.record {
+                        record.error = Some(fault.failure().as_str());
+                    }
+                    let mut response = fault.respond();
+                    if let Some(cors) = cors {
+                        cors.extend_own(origin.as_ref(), response.headers_mut());
+                    }
+                    response.map(Some)
+                }
+                Own::Preflight(lines) => {
+                    let mut response = Response::new(None);
+                    *response.status_mut() = StatusCode::NO_CONTENT;
+                    *response.headers_mut() = *lines;
+                    response
+                }
+            };
+            if let Some(record) = &mut underway.record {
+                record.answered(response.status(), is_head || response.body().is_none());
             }
-            visit.worker.metrics().failures.inc(fault.failure());
-            fault.respond().map(|body| Answer {
-                source: Source::Own(Some(body)),
+            response.map(|body| Answer {
+                source: Source::Own(body),
                 last_look: false,
                 upload,
                 underway,
@@ -107,29 +148,54 @@ pub(super) async fn serve(
     Ok(response)
 }
 
+/// An answer of the server's own.
+enum Own {
+    /// Something went wrong.
+    Fault(Fault),
+    /// A browser asked what its page may do; these header lines tell.
+    Preflight(Box<HeaderMap>),
+}
+
+impl From<Fault> for Own {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+impl Own {
+    /// Whether the connection can't be used again.
+    fn closes(&self) -> bool {
+        matches!(self, Self::Fault(fault) if fault.closes())
+    }
+}
+
 type Forwarded = (Response<()>, Exchange, UploadGuard);
 
 /// Carries the request over and waits for the answer's head.
 async fn forward(
     visit: &Arc<Visit>,
     request: Request<Incoming>,
-) -> Result<Forwarded, (Fault, UploadGuard)> {
+    record: &mut Option<Box<Record>>,
+) -> Result<Forwarded, (Own, UploadGuard)> {
     let (parts, body) = request.into_parts();
     let holds_back = parts.version == Version::HTTP_11 && awaits_go_ahead(&parts.headers);
     let mut upload = UploadGuard::default();
-    let (exchange, head_size) = match open(visit, &parts, &body) {
+    let (exchange, head_size) = match open(visit, &parts, &body, record) {
         Ok(opened) => opened,
-        Err(fault) => {
+        Err(own) => {
             // Where the connection closes anyway, the rest of the body is left to the lingering.
-            if !body.is_end_stream() && !holds_back && !fault.closes() {
+            if !body.is_end_stream() && !holds_back && !own.closes() {
                 tokio::spawn(drain(visit.clone(), visit.watched.body(), body));
             }
-            return Err((fault, upload));
+            return Err((own, upload));
         }
     };
     if !body.is_end_stream() {
         let shared = Arc::new(Upload::default());
         upload.upload = Some(shared.clone());
+        if let Some(record) = record {
+            record.upload = Some(shared.clone());
+        }
         let pump = Pump {
             watched: visit.watched.body(),
             visit: visit.clone(),
@@ -172,7 +238,7 @@ async fn forward(
             HeadRead::Answer(head) => break head,
             HeadRead::Reset(reason) => {
                 let fault = upload.fault().unwrap_or_else(|| reason.into());
-                return Err((fault, upload));
+                return Err((fault.into(), upload));
             }
             HeadRead::Pending => {}
         }
@@ -184,7 +250,7 @@ async fn forward(
     let Some((status, lines)) = valid else {
         // The agent passed on what no visitor may see.
         exchange.abort(Reason::Cancelled);
-        return Err((Fault::UpstreamError, upload));
+        return Err((Fault::UpstreamError.into(), upload));
     };
     let mut response = Response::new(());
     *response.status_mut() = status;
@@ -197,7 +263,8 @@ fn open(
     visit: &Visit,
     parts: &http::request::Parts,
     body: &Incoming,
-) -> Result<(Exchange, usize), Fault> {
+    record: &mut Option<Box<Record>>,
+) -> Result<(Exchange, usize), Own> {
     let limits = &visit.worker.shared().config.http;
     let target = Target::of(&parts.uri);
     let head_size = check_size(parts, &target, limits)?;
@@ -211,11 +278,19 @@ fn open(
     if let (Some(limit), Some(length)) = (limits.max_body, body.size_hint().exact())
         && length > limit
     {
-        return Err(Fault::BodyTooLarge);
+        return Err(Fault::BodyTooLarge.into());
     }
+    if let Some(cors) = &limits.cors
+        && Cors::is_preflight(&parts.method, &parts.headers)
+    {
+        return Err(Own::Preflight(Box::new(cors.answer(&parts.headers))));
+    }
+    let made_id = Cell::new(None);
     let attempt = || -> Result<Exchange, Fault> {
         let lines = forward_request(&parts.headers, &visit.forwarding, || {
-            visit.worker.request_id()
+            let id = visit.worker.request_id();
+            made_id.set(Some(id));
+            id
         })
         .map_err(|_| Fault::HeadTooLarge)?;
         let head = RequestHead {
@@ -231,6 +306,9 @@ fn open(
         Err(Fault::AgentOffline | Fault::TunnelLost) => attempt(),
         outcome => outcome,
     };
+    if let (Some(record), Some(id)) = (record, made_id.get()) {
+        record.request_id = Some(id.as_str().as_bytes().into());
+    }
     Ok((opened?, head_size))
 }
 
@@ -281,6 +359,11 @@ fn check_size(
     Ok(line + lines + 2)
 }
 
+/// The length of a body, as its head gives it.
+fn length_of(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
 /// The method as bytes, without an allocation for the usual ones.
 fn method_bytes(method: &Method) -> Bytes {
     match method.as_str() {
@@ -310,6 +393,8 @@ struct Upload {
     pump: AtomicWaker,
     /// What went wrong with the body, one of the constants below.
     fault: AtomicU8,
+    /// Bytes of the body that went on to the agent. Read by the access log.
+    received: AtomicU64,
 }
 
 const TOO_LARGE: u8 = 1;
@@ -418,6 +503,7 @@ impl Pump {
             match frame.into_data() {
                 Ok(data) => {
                     self.received += data.len() as u64;
+                    self.upload.received.store(self.received, Relaxed);
                     let limit = self.visit.worker.shared().config.http.max_body;
                     if limit.is_some_and(|limit| self.received > limit) {
                         self.fail(TOO_LARGE, Reason::Cancelled);
@@ -495,26 +581,112 @@ impl Visit {
 }
 
 /// Counts a request as under way until its answer is complete, or the visitor has left.
-struct Underway(Arc<Visit>);
+struct Underway {
+    visit: Arc<Visit>,
+    /// What the access log will say of it, if there is one.
+    record: Option<Box<Record>>,
+}
 
 impl Underway {
-    fn begin(visit: &Arc<Visit>) -> Self {
+    fn begin(visit: &Arc<Visit>, request: &Request<Incoming>) -> Self {
         let metrics = visit.worker.metrics();
         metrics.requests.inc();
         metrics.exchanges_open.inc();
         visit.tenancy.stats.requests.inc();
         visit.tenancy.stats.exchanges_open.inc();
         visit.watched.exchange_begins(visit.worker.now());
-        Self(visit.clone())
+        let log = visit.worker.shared().access.as_ref();
+        Self {
+            visit: visit.clone(),
+            record: log.map(|_| Box::new(Record::begin(visit, request))),
+        }
     }
 }
 
 impl Drop for Underway {
     fn drop(&mut self) {
-        let visit = &self.0;
+        let visit = &self.visit;
         visit.worker.metrics().exchanges_open.dec();
         visit.tenancy.stats.exchanges_open.dec();
         visit.watched.exchange_ends(visit.worker.now());
+        if let Some(record) = &self.record {
+            record.write(visit);
+        }
+    }
+}
+
+/// What becomes of a request, for its line of the access log.
+struct Record {
+    time: SystemTime,
+    since: Instant,
+    method: Method,
+    path: Box<str>,
+    protocol: &'static str,
+    forwarded_for: Option<Box<[u8]>>,
+    request_id: Option<Box<[u8]>>,
+    upload: Option<Arc<Upload>>,
+    status: Option<StatusCode>,
+    /// What the answer's head says of the length of its body. hyper doesn't ask for more.
+    length: Option<u64>,
+    bytes_out: u64,
+    complete: bool,
+    error: Option<&'static str>,
+}
+
+impl Record {
+    fn begin(visit: &Visit, request: &Request<Incoming>) -> Self {
+        let line = |name| request.headers().get(name).map(HeaderValue::as_bytes);
+        let trusted = visit.peer_is_trusted;
+        Self {
+            time: SystemTime::now(),
+            since: Instant::now(),
+            method: request.method().clone(),
+            path: request.uri().path().into(),
+            protocol: match request.version() {
+                Version::HTTP_10 => "HTTP/1.0",
+                Version::HTTP_11 => "HTTP/1.1",
+                _ => "HTTP/2.0",
+            },
+            forwarded_for: line(X_FORWARDED_FOR).filter(|_| trusted).map(Box::from),
+            request_id: line(X_REQUEST_ID).map(Box::from),
+            upload: None,
+            status: None,
+            length: None,
+            bytes_out: 0,
+            complete: false,
+            error: None,
+        }
+    }
+
+    /// The answer's head is ready; hyper won't ask for a body if there is none.
+    fn answered(&mut self, status: StatusCode, bodiless: bool) {
+        self.status = Some(status);
+        self.complete = bodiless;
+    }
+
+    fn write(&self, visit: &Visit) {
+        let Some(log) = &visit.worker.shared().access else {
+            return;
+        };
+        let all = self.length.is_some_and(|length| self.bytes_out >= length);
+        let received = self.upload.as_ref().map(|up| up.received.load(Relaxed));
+        log.write(&Entry {
+            time: self.time,
+            visitor: visit.peer,
+            forwarded_for: self.forwarded_for.as_deref(),
+            agent_id: &visit.tenancy.agent_id,
+            port: visit.tenancy.port,
+            method: self.method.as_str(),
+            path: &self.path,
+            protocol: self.protocol,
+            status: self.status.map(|status| status.as_u16()),
+            bytes_in: received.unwrap_or(0),
+            bytes_out: self.bytes_out,
+            duration: self.since.elapsed(),
+            complete: self.complete || all,
+            request_id: self.request_id.as_deref(),
+            error: self.error,
+        });
     }
 }
 
@@ -547,17 +719,31 @@ impl Body for Answer {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
-        let exchange = match &mut self.source {
-            Source::Own(body) => return Poll::Ready(body.take().map(|body| Ok(Frame::data(body)))),
+        let this = &mut *self;
+        let exchange = match &mut this.source {
+            Source::Own(body) => {
+                let body = body.take();
+                if let (Some(record), Some(body)) = (&mut this.underway.record, &body) {
+                    record.bytes_out = body.len() as u64;
+                    record.complete = true;
+                }
+                return Poll::Ready(body.map(|body| Ok(Frame::data(body))));
+            }
             Source::Exchange(exchange) => exchange,
         };
         match std::task::ready!(exchange.poll_read(cx)) {
             Read::Data(data) => {
-                self.underway.0.count_out(data.len());
+                this.underway.visit.count_out(data.len());
+                if let Some(record) = &mut this.underway.record {
+                    record.bytes_out += data.len() as u64;
+                }
                 Poll::Ready(Some(Ok(Frame::data(data))))
             }
             Read::End(trailers) => {
-                self.underway.0.watched.answer_ends_by_close(false);
+                this.underway.visit.watched.answer_ends_by_close(false);
+                if let Some(record) = &mut this.underway.record {
+                    record.complete = true;
+                }
                 Poll::Ready(
                     trailers
                         .and_then(|lines| headers::to_trailer_map(&lines).ok())
@@ -566,15 +752,18 @@ impl Body for Answer {
                 )
             }
             Read::Reset(reason) => {
-                if !self.last_look {
+                if !this.last_look {
                     // An error makes hyper drop what it has buffered. Once more around, and it
                     // has written that: the visitor gets exactly what the service sent.
-                    self.last_look = true;
+                    this.last_look = true;
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }
-                let metrics = self.underway.0.worker.metrics();
+                let metrics = this.underway.visit.worker.metrics();
                 metrics.failures.inc(Failure::CutAfterHead);
+                if let Some(record) = &mut this.underway.record {
+                    record.error = Some(Failure::CutAfterHead.as_str());
+                }
                 Poll::Ready(Some(Err(BrokenOff(reason))))
             }
             Read::Pending => Poll::Pending,
