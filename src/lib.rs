@@ -23,16 +23,17 @@
 //! | 4 roles | [`server`] (registry, workers, ingress, admin), [`agent`] (reconnect, forward) |
 //! | 3 link | [`link`]: a session behind a short lock, and the tasks that wait for it |
 //! | 2 edges | [`config`], [`wire`] (Protocol Buffers), [`net`] (sockets, the acceptor), [`metrics`], [`telemetry`] |
-//! | 1 cores, no I/O, no clock | [`mux`] (the protocol), [`ports`] (who has which port), [`auth`] |
+//! | 1 cores, no I/O, no clock | [`mux`] (the protocol), [`http1`] (HTTP/1 as values), [`ports`] (who has which port), [`auth`] |
 //! | 0 words | [`id`], [`head`], [`headers`], [`cors`], [`backoff`] |
 //!
 //! # The way of one request
 //! 1. The accept task takes the visitor's connection from a listening socket, finds the port's
 //!    tenancy in a concurrent map, and hands the socket to the worker on which that agent's tunnel
 //!    lives. From here to the last byte everything happens on that worker's thread.
-//! 2. hyper parses the head. `server::ingress` refuses what is ambiguous ([`headers::check_request`]),
-//!    drops what belongs to one connection only, adds where the request came from
-//!    ([`headers::forward_request`]) and opens an exchange ([`link::Link::open`]).
+//! 2. The connection's task finds the end of the head ([`http1::HeadScan`]) and takes it apart,
+//!    refuses what is ambiguous ([`headers::check_request`]), drops what belongs to one connection
+//!    only, adds where the request came from ([`headers::forward_request`]) and opens an exchange
+//!    ([`link::Link::open`]).
 //! 3. The exchange takes a slot in the session's slab; slab key and generation name it on the wire.
 //!    Its head waits for its turn in the session ([`mux::Session`]).
 //! 4. The stream's sender is woken. It takes whatever is ready, from all exchanges, as one batch
@@ -87,6 +88,7 @@ pub mod config;
 pub mod cors;
 pub mod head;
 pub mod headers;
+pub mod http1;
 pub mod id;
 pub mod link;
 pub mod metrics;

@@ -21,6 +21,7 @@ const ROOMS: &[(&str, u8)] = &[
     ("head", 0),
     // Cores: state machines without I/O.
     ("mux", 1),
+    ("http1", 1),
     ("ports", 1),
     ("auth", 1),
     // Edges: one piece of the outside each.
@@ -90,28 +91,38 @@ const RESERVED: &[Reserved] = &[
     },
     Reserved {
         name: "http1",
-        places: HTTP1_PLACES,
-        reason: "only who serves visitors or calls services names HTTP/1, so that its engine can be replaced",
+        places: &[
+            "src/http1",
+            "src/server/ingress",
+            "src/agent/forward",
+            // hyper's.
+            HYPER_PLACES[0],
+            HYPER_PLACES[1],
+            HYPER_PLACES[2],
+        ],
+        reason: "only who serves visitors or calls services names HTTP/1: the rest knows heads and bodies",
+    },
+    Reserved {
+        name: "httparse",
+        places: &["src/http1"],
+        reason: "only `http1` names httparse: what it accepts is checked there",
     },
     Reserved {
         name: "hyper",
         places: &[
-            HTTP1_PLACES[0],
-            HTTP1_PLACES[1],
-            HTTP1_PLACES[2],
-            HTTP1_PLACES[3],
-            HTTP1_PLACES[4],
+            HYPER_PLACES[0],
+            HYPER_PLACES[1],
+            HYPER_PLACES[2],
             // Its HTTP/2 connections.
             "src/link",
         ],
-        reason: "only who serves visitors or calls services, and the tunnel's HTTP/2, names hyper",
+        reason: "only the admin port, the samples, and the tunnel's HTTP/2 name hyper",
     },
 ];
 
-const HTTP1_PLACES: &[&str] = &[
-    "src/server/ingress",
+/// Where its HTTP/1 is good enough.
+const HYPER_PLACES: &[&str] = &[
     "src/server/admin",
-    "src/agent/forward",
     "src/cli/services.rs",
     // Asks the admin port.
     "src/cli/agents.rs",
@@ -645,8 +656,13 @@ mod rules {
                 "src/server/registry.rs",
             ),
             (
-                "use hyper::x;",
-                "src/server/ingress/body.rs",
+                "use httparse::Header;",
+                "src/http1/head.rs",
+                "src/server/ingress/connection.rs",
+            ),
+            (
+                "use crate::http1::Outgoing;",
+                "src/server/ingress/reply.rs",
                 "src/server/mod.rs",
             ),
             ("use hyper::x;", "src/server/admin.rs", "src/cli/agent.rs"),

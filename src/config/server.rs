@@ -4,13 +4,11 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
-
-use http::{HeaderName, HeaderValue, Method};
 
 use crate::auth::Policy;
 use crate::cors::{Cors, InvalidOrigin, Origin, Origins};
+use crate::headers::is_token;
 use crate::id::{AgentId, Secret};
 
 use super::LogConfig;
@@ -301,7 +299,7 @@ fn cors(from: &mut Reader) -> Option<Cors> {
         }
     }
     let methods = from.list("http.cors.allowed_methods", method);
-    let names = from.list("http.cors.allowed_headers", header_name);
+    let headers = from.list("http.cors.allowed_headers", header_name);
     let credentials = from.value(CREDENTIALS, value::flag);
     let max_age = from.time("http.cors.max_age");
 
@@ -337,10 +335,7 @@ fn cors(from: &mut Reader) -> Option<Cors> {
             Origins::Only(listed)
         },
         methods,
-        // A list of names is a valid value.
-        headers: HeaderValue::from_str(&names.join(", "))
-            .ok()
-            .filter(|names| !names.is_empty()),
+        headers,
         credentials,
         max_age,
     })
@@ -357,17 +352,18 @@ fn origin(text: &str) -> Result<Option<Origin>, InvalidValue> {
     }
 }
 
-fn method(text: &str) -> Result<Method, InvalidValue> {
-    text.parse()
-        .map_err(|_| InvalidValue::new("expected a method such as GET"))
+fn method(text: &str) -> Result<String, InvalidValue> {
+    token(text, "expected a method such as GET")
 }
 
 fn header_name(text: &str) -> Result<String, InvalidValue> {
-    match HeaderName::from_str(text) {
-        Ok(_) => Ok(text.to_owned()),
-        Err(_) => Err(InvalidValue::new(
-            "expected a header name such as Content-Type",
-        )),
+    token(text, "expected a header name such as Content-Type")
+}
+
+fn token(text: &str, expected: &str) -> Result<String, InvalidValue> {
+    match is_token(text.as_bytes()) {
+        true => Ok(text.to_owned()),
+        false => Err(InvalidValue::new(expected)),
     }
 }
 

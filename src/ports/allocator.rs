@@ -49,6 +49,28 @@ pub struct Config {
 }
 
 impl Config {
+    /// Whose each pinned port is.
+    fn owners(&self) -> Result<BTreeMap<u16, AgentId>, PinError> {
+        let mut owners: BTreeMap<u16, AgentId> = BTreeMap::new();
+        for (agent, &port) in &self.pinned {
+            let agent = agent.clone();
+            if port == 0 {
+                return Err(PinError::Zero { agent });
+            }
+            if self.reserved.contains(&port) {
+                return Err(PinError::Reserved { port, agent });
+            }
+            if let Some(first) = owners.insert(port, agent.clone()) {
+                return Err(PinError::Shared {
+                    port,
+                    first,
+                    second: agent,
+                });
+            }
+        }
+        Ok(owners)
+    }
+
     /// The `foreign_retry` of a server: long enough that a port held by another program costs
     /// nothing, short enough that a freed one is found within a minute.
     pub const FOREIGN_RETRY: Duration = Duration::from_secs(30);
@@ -113,8 +135,9 @@ pub enum Refusal {
         /// When to ask again.
         retry_after: Duration,
     },
-    /// The agent's pinned port couldn't be bound; it gets no other.
-    #[error("port {port}, pinned to this agent, can't be bound")]
+    /// The agent's pinned port couldn't be bound, or its former tenant is still there; the agent
+    /// gets no other.
+    #[error("port {port}, pinned to this agent, is held by another agent or program")]
     PinUnavailable {
         /// The pinned port.
         port: u16,
@@ -288,7 +311,7 @@ pub enum Claim {
 }
 
 /// How many ports are in which state. The sum is the number of ports that can be handed out,
-/// pinned ones included.
+/// pinned ones included, and of those that drain.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Ports that are nobody's.
@@ -323,14 +346,17 @@ impl Counts {
 /// for an unknown tenancy change nothing.
 ///
 /// Each tenancy ends in exactly one [`Effect::Refused`] or [`Effect::Released`], at most one
-/// [`Effect::Granted`] before. No operation costs more than O(log ports), except that one timeout
-/// or [`Allocator::release_all`] may end many tenancies. Memory and the queue of effects are
+/// [`Effect::Granted`] before. No operation costs more than O(log ports) where it doesn't say so,
+/// except that one timeout or [`Allocator::release_all`] may end many tenancies. Memory and the queue of effects are
 /// bounded by the number of ports if effects are polled as described.
 #[derive(Debug)]
 pub struct Allocator {
+    range: RangeInclusive<u16>,
+    reserved: BTreeSet<u16>,
     lease: Duration,
     foreign_retry: Duration,
-    /// Every port that can be handed out.
+    /// Every port that can be handed out, and those that can't be any more but have a tenant
+    /// still.
     slots: BTreeMap<u16, Slot>,
     pinned: HashMap<AgentId, u16>,
     /// The ports that anybody may have now, the longest unused first, as `(unused_since, port)`.
@@ -465,55 +491,15 @@ impl State {
 impl Allocator {
     /// An allocator with every port free.
     pub fn new(config: Config) -> Result<Self, PinError> {
-        let mut owners: BTreeMap<u16, AgentId> = BTreeMap::new();
-        for (agent, &port) in &config.pinned {
-            let agent = agent.clone();
-            if port == 0 {
-                return Err(PinError::Zero { agent });
-            }
-            if config.reserved.contains(&port) {
-                return Err(PinError::Reserved { port, agent });
-            }
-            if let Some(first) = owners.insert(port, agent.clone()) {
-                return Err(PinError::Shared {
-                    port,
-                    first,
-                    second: agent,
-                });
-            }
-        }
-
-        let mut slots = BTreeMap::new();
-        let mut unused = BTreeSet::new();
-        for port in config.range.chain(owners.keys().copied()) {
-            if port == 0 || config.reserved.contains(&port) {
-                continue;
-            }
-            let pinned = owners.contains_key(&port);
-            if !pinned {
-                unused.insert((0, port));
-            }
-            slots.insert(
-                port,
-                Slot {
-                    state: State::Free,
-                    pinned,
-                    unused_since: 0,
-                    last: None,
-                },
-            );
-        }
-
-        Ok(Self {
+        let mut allocator = Self {
+            range: config.range.clone(),
+            reserved: BTreeSet::new(),
             lease: config.lease,
             foreign_retry: config.foreign_retry,
-            counts: Counts {
-                free: slots.len(),
-                ..Counts::default()
-            },
-            slots,
-            pinned: config.pinned.into_iter().collect(),
-            unused,
+            counts: Counts::default(),
+            slots: BTreeMap::new(),
+            pinned: HashMap::new(),
+            unused: BTreeSet::new(),
             timers: BTreeSet::new(),
             tenancies: HashMap::new(),
             held: HashMap::new(),
@@ -522,7 +508,61 @@ impl Allocator {
             next_allocation: 1,
             next_use: 1,
             memory_revision: 0,
-        })
+        };
+        allocator.reconfigure(config, Duration::ZERO)?;
+        Ok(allocator)
+    }
+
+    /// Goes by new settings from `now` on, or by the old ones still if the new pins can't hold.
+    /// Says how many agents drain.
+    ///
+    /// Ports that are new can be handed out at once. An agent that is connected on a port which
+    /// it wouldn't be given any more (the port has left the range, is pinned to somebody else, or
+    /// the agent to another port) drains: it goes on there until it is lost, newer sessions that
+    /// take over included; then the port is closed without a lease, and forgotten unless it can
+    /// be handed out. Leases of such ports end at once, and a port that is still being bound is
+    /// exchanged for another when the outcome is known. Other leases that run end no later than
+    /// if they began now. O(ports log ports).
+    pub fn reconfigure(&mut self, config: Config, now: Duration) -> Result<usize, PinError> {
+        let owners = config.owners()?;
+        self.range = config.range;
+        self.reserved = config.reserved;
+        self.lease = config.lease;
+        self.foreign_retry = config.foreign_retry;
+        self.pinned = config.pinned.into_iter().collect();
+
+        // Who has a pin is remembered nowhere else.
+        for agent in owners.values() {
+            if let Some(port) = self.remembered.remove(agent)
+                && let Some(slot) = self.slots.get_mut(&port)
+            {
+                slot.last = None;
+                self.memory_revision += 1;
+            }
+        }
+        for port in self.range.clone().chain(owners.keys().copied()) {
+            if port != 0 && !self.reserved.contains(&port) && !self.slots.contains_key(&port) {
+                self.counts.free += 1;
+                self.slots.insert(
+                    port,
+                    Slot {
+                        state: State::Free,
+                        pinned: false,
+                        unused_since: 0,
+                        last: None,
+                    },
+                );
+            }
+        }
+        let ports: Vec<u16> = self.slots.keys().copied().collect();
+        for port in ports {
+            self.resettle(port, owners.contains_key(&port), now);
+        }
+        let drains = |(port, slot): &(&u16, &Slot)| {
+            let tenancy = slot.state.tenancy();
+            tenancy.is_some_and(|tenancy| !self.may_have(&tenancy.agent, **port))
+        };
+        Ok(self.slots.iter().filter(drains).count())
     }
 
     /// What is worth remembering over a restart, one entry a port at most: the ports that are
@@ -565,15 +605,11 @@ impl Allocator {
             let Some(slot) = self.slots.get(&port) else {
                 continue;
             };
-            let contradicts = match self.pinned.get(&agent) {
-                Some(pin) => *pin != port,
-                None => slot.pinned,
-            };
             let known = slot.last.is_some()
                 || slot.state != State::Free
                 || self.remembered.contains_key(&agent)
                 || self.held.contains_key(&agent);
-            if contradicts || known {
+            if known || !self.may_have(&agent, port) {
                 continue;
             }
             self.remember(port, &agent);
@@ -643,13 +679,19 @@ impl Allocator {
     }
 
     /// The port is bound, as [`Effect::Bind`] asked.
-    pub fn bound(&mut self, port: u16, allocation: Allocation) {
+    pub fn bound(&mut self, port: u16, allocation: Allocation, now: Duration) {
         let Some(slot) = self.slots.get(&port) else {
             return;
         };
         match &slot.state {
             State::Opening(tenancy) if tenancy.allocation == allocation => {
                 let tenancy = tenancy.clone();
+                if !self.may_have(&tenancy.agent, port) {
+                    // The settings have changed since it was asked for.
+                    self.enter(port, State::Free);
+                    self.effects.push_back(Effect::Close { port, allocation });
+                    return self.open_another(tenancy, now);
+                }
                 self.remember(port, &tenancy.agent);
                 self.enter(port, State::Serving(tenancy));
                 self.effects.push_back(Effect::Granted { allocation, port });
@@ -718,17 +760,14 @@ impl Allocator {
                 if !wanted {
                     return self.abandon(port, tenancy);
                 }
-                match self.choose(&tenancy.agent, None, now) {
-                    Ok(next) => self.open(next, tenancy),
-                    Err(refusal) => self.refuse(tenancy, refusal),
-                }
+                self.open_another(tenancy, now);
             }
         }
     }
 
     /// The agent that holds this tenancy is gone: no session of it is left.
     ///
-    /// A bound port is leased, or released at once without a lease; a port that is still being
+    /// A bound port is leased, or released at once without a lease and where it drains; a port that is still being
     /// bound is given up.
     pub fn agent_lost(&mut self, allocation: Allocation, now: Duration) {
         let Some(&port) = self.tenancies.get(&allocation) else {
@@ -739,7 +778,11 @@ impl Allocator {
         };
         match slot.state.clone() {
             State::Opening(tenancy) => self.release(port, tenancy),
-            State::Serving(tenancy) if self.lease.is_zero() => self.release(port, tenancy),
+            State::Serving(tenancy)
+                if self.lease.is_zero() || !self.may_have(&tenancy.agent, port) =>
+            {
+                self.release(port, tenancy);
+            }
             State::Serving(tenancy) => {
                 let until = now.saturating_add(self.lease);
                 self.enter(port, State::Leased { tenancy, until });
@@ -800,7 +843,7 @@ impl Allocator {
         self.counts
     }
 
-    /// Every port, in ascending order.
+    /// Every port that can be handed out or drains, in ascending order.
     pub fn ports(&self) -> impl Iterator<Item = PortView<'_>> {
         self.slots.iter().map(|(&port, slot)| slot.view(port))
     }
@@ -829,8 +872,7 @@ impl Allocator {
                     port,
                     retry_after: other
                         .and_then(State::timer)
-                        .unwrap_or_default()
-                        .saturating_sub(now)
+                        .map_or(EXHAUSTED_RETRY, |due| due.saturating_sub(now))
                         .max(SHORTEST_RETRY),
                 }),
             };
@@ -857,6 +899,43 @@ impl Allocator {
             })
     }
 
+    /// Whether the settings let this agent have this port.
+    fn may_have(&self, agent: &AgentId, port: u16) -> bool {
+        match self.pinned.get(agent) {
+            Some(pin) => *pin == port,
+            None => self.hands_out(port) && self.slots.get(&port).is_some_and(|slot| !slot.pinned),
+        }
+    }
+
+    /// Whether the settings let anybody have this port.
+    fn hands_out(&self, port: u16) -> bool {
+        let pinned = self.slots.get(&port).is_some_and(|slot| slot.pinned);
+        pinned || (self.range.contains(&port) && !self.reserved.contains(&port))
+    }
+
+    /// Brings a port in line with settings that have changed.
+    fn resettle(&mut self, port: u16, pinned: bool, now: Duration) {
+        let Some(slot) = self.slots.get_mut(&port) else {
+            return;
+        };
+        self.unused.remove(&(slot.unused_since, port));
+        slot.pinned = pinned;
+        if pinned && let Some(last) = slot.last.take() {
+            self.remembered.remove(&last);
+            self.memory_revision += 1;
+        }
+        let mut state = slot.state.clone();
+        if let State::Leased { tenancy, until } | State::Reclaiming { tenancy, until } = &mut state
+        {
+            *until = (*until).min(now.saturating_add(self.lease));
+            if *until <= now || !self.may_have(&tenancy.agent, port) {
+                let tenancy = tenancy.clone();
+                return self.release(port, tenancy);
+            }
+        }
+        self.enter(port, state);
+    }
+
     fn next_allocation(&mut self) -> Allocation {
         let allocation = Allocation(self.next_allocation);
         self.next_allocation += 1;
@@ -873,6 +952,14 @@ impl Allocator {
         self.take(port, &tenancy);
         self.enter(port, State::Opening(tenancy));
         self.effects.push_back(Effect::Bind { port, allocation });
+    }
+
+    /// Goes on with another port for a tenancy whose port was a disappointment.
+    fn open_another(&mut self, tenancy: Tenancy, now: Duration) {
+        match self.choose(&tenancy.agent, None, now) {
+            Ok(next) => self.open(next, tenancy),
+            Err(refusal) => self.refuse(tenancy, refusal),
+        }
     }
 
     fn refuse(&mut self, tenancy: Tenancy, refusal: Refusal) {
@@ -946,8 +1033,10 @@ impl Allocator {
         }
     }
 
-    /// The one place where a port's state changes: keeps counts, queue and timers in step.
+    /// The one place where a port's state changes: keeps counts, queue and timers in step. A
+    /// port that can't be handed out any more is forgotten once it is nobody's.
     fn enter(&mut self, port: u16, state: State) {
+        let gone = state.tenancy().is_none() && !self.hands_out(port);
         let Some(slot) = self.slots.get_mut(&port) else {
             return;
         };
@@ -963,6 +1052,15 @@ impl Allocator {
         }
         *self.counts.of(slot.state.public()) -= 1;
 
+        if gone {
+            if let Some(slot) = self.slots.remove(&port)
+                && let Some(last) = slot.last
+            {
+                self.remembered.remove(&last);
+                self.memory_revision += 1;
+            }
+            return;
+        }
         *self.counts.of(state.public()) += 1;
         if let Some(due) = state.timer() {
             self.timers.insert((due, port));
@@ -1038,7 +1136,7 @@ mod tests {
     /// Asks for a port and binds it.
     fn connect(allocator: &mut Allocator, name: &str) -> (Allocation, u16) {
         let (allocation, port) = ask(allocator, name, None);
-        allocator.bound(port, allocation);
+        allocator.bound(port, allocation, START);
         assert_eq!(
             effects(allocator),
             [Effect::Granted { allocation, port }],
@@ -1268,7 +1366,7 @@ mod tests {
             );
             port = next;
         }
-        allocator.bound(port, allocation);
+        allocator.bound(port, allocation, START);
         effects(&mut allocator);
         assert_eq!(allocator.counts().foreign, 4);
         assert!(matches!(
@@ -1329,7 +1427,7 @@ mod tests {
         // A second session comes while the port is being opened, a third one afterwards.
         let again = allocator.request(&agent("a"), None, START);
         assert_eq!(again, Answer::Opening { allocation });
-        allocator.bound(port, allocation);
+        allocator.bound(port, allocation, START);
         assert_eq!(
             effects(&mut allocator),
             [Effect::Granted { allocation, port }]
@@ -1385,17 +1483,183 @@ mod tests {
         leave(&mut allocator, early);
         // The port goes to the next agent before the outcome of the first bind arrives.
         let (allocation, port) = ask(&mut allocator, "b", None);
-        allocator.bound(port, early.0);
+        allocator.bound(port, early.0, START);
         allocator.bind_failed(port, early.0, BindFailure::InUse, START);
         allocator.agent_lost(early.0, START);
         assert_eq!(effects(&mut allocator), []);
-        allocator.bound(port, allocation);
-        allocator.bound(port, allocation);
+        allocator.bound(port, allocation, START);
+        allocator.bound(port, allocation, START);
         allocator.bind_failed(port, allocation, BindFailure::InUse, START);
         assert_eq!(
             effects(&mut allocator),
             [Effect::Granted { allocation, port }]
         );
+    }
+
+    #[test]
+    fn a_grown_range_is_usable_at_once() {
+        let mut allocator = allocator(8100..=8100);
+        connect(&mut allocator, "a");
+        assert_eq!(allocator.reconfigure(config(8099..=8102), START), Ok(0));
+        assert_eq!(effects(&mut allocator), []);
+        assert_eq!(connect(&mut allocator, "b").1, 8099);
+        assert_eq!(connect(&mut allocator, "c").1, 8101);
+        let counts = allocator.counts();
+        assert_eq!((counts.free, counts.serving), (1, 3));
+    }
+
+    #[test]
+    fn a_shrunk_range_drains() {
+        let with_lease = |range| Config {
+            lease: LEASE,
+            ..config(range)
+        };
+        let mut allocator = Allocator::new(with_lease(8100..=8103)).unwrap();
+        let stays = connect(&mut allocator, "stays");
+        let (allocation, port) = connect(&mut allocator, "drains");
+        let (leased, leased_port) = connect(&mut allocator, "leased");
+        allocator.agent_lost(leased, START);
+        let (opening, opening_port) = ask(&mut allocator, "opening", None);
+
+        assert_eq!(
+            allocator.reconfigure(with_lease(8100..=8100), START),
+            Ok(2),
+            "the one that serves, and the one that is opening"
+        );
+        // Nobody is behind the leased port: it is closed at once.
+        assert_eq!(
+            effects(&mut allocator),
+            [
+                Effect::Released {
+                    allocation: leased,
+                    port: leased_port
+                },
+                Effect::Close {
+                    port: leased_port,
+                    allocation: leased
+                }
+            ]
+        );
+        allocator.bound(opening_port, opening, START);
+        let refusal = Refusal::Exhausted {
+            retry_after: EXHAUSTED_RETRY,
+        };
+        assert_eq!(
+            effects(&mut allocator),
+            [
+                Effect::Close {
+                    port: opening_port,
+                    allocation: opening
+                },
+                Effect::Refused {
+                    allocation: opening,
+                    refusal
+                }
+            ]
+        );
+        // A newer session of an agent that drains finds it as it was.
+        assert_eq!(
+            allocator.request(&agent("drains"), None, START),
+            Answer::Ready { allocation, port }
+        );
+        assert_eq!(allocator.counts().serving, 2);
+
+        // Once it is lost the port is closed without a lease, and nobody has it again.
+        leave(&mut allocator, (allocation, port));
+        assert_eq!(allocator.port(port), None);
+        for name in ["drains", "other"] {
+            assert_eq!(
+                allocator.request(&agent(name), Some(port), START),
+                Answer::Refused(refusal)
+            );
+        }
+        assert_eq!(allocator.counts(), {
+            Counts {
+                serving: 1,
+                ..Counts::default()
+            }
+        });
+        assert!(
+            allocator
+                .port_of(&agent("stays"))
+                .is_some_and(|view| view.port == stays.1)
+        );
+        assert_eq!(allocator.remembered.len(), 1);
+    }
+
+    #[test]
+    fn a_new_pin_takes_the_port_over_when_its_tenant_leaves() {
+        let pinned = |pins: &[(&str, u16)]| Config {
+            lease: LEASE,
+            pinned: pins.iter().map(|(id, port)| (agent(id), *port)).collect(),
+            ..config(8100..=8102)
+        };
+        let mut allocator = Allocator::new(pinned(&[])).unwrap();
+        let tenant = connect(&mut allocator, "tenant");
+        let owner = connect(&mut allocator, "owner");
+        assert_eq!((tenant.1, owner.1), (8100, 8101));
+
+        let outcome = allocator.reconfigure(pinned(&[("owner", 8100)]), START);
+        assert_eq!((outcome, effects(&mut allocator)), (Ok(2), vec![]));
+        // The owner goes, and comes back before the tenant has gone.
+        leave(&mut allocator, owner);
+        assert!(matches!(
+            allocator.request(&agent("owner"), Some(8101), START),
+            Answer::Refused(Refusal::PinUnavailable { port: 8100, .. })
+        ));
+        leave(&mut allocator, tenant);
+        assert_eq!(connect(&mut allocator, "owner").1, 8100);
+        assert_ne!(connect(&mut allocator, "tenant").1, 8100);
+
+        // A pin that is removed frees the port, with a lease as any other.
+        let (allocation, _) = held(&mut allocator, "owner");
+        assert_eq!(allocator.reconfigure(pinned(&[]), START), Ok(0));
+        allocator.agent_lost(allocation, START);
+        allocator.handle_timeout(START + LEASE);
+        assert_eq!(effects(&mut allocator).len(), 2);
+        let counts = allocator.counts();
+        assert_eq!((counts.free, counts.serving), (2, 1));
+    }
+
+    /// The tenancy that an agent holds.
+    fn held(allocator: &mut Allocator, name: &str) -> (Allocation, u16) {
+        match allocator.request(&agent(name), None, START) {
+            Answer::Ready { allocation, port } => (allocation, port),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn pins_that_contradict_change_nothing() {
+        let mut allocator = allocator(8100..=8101);
+        connect(&mut allocator, "a");
+        let mut bad = config(9000..=9001);
+        bad.pinned = [(agent("a"), 9000), (agent("b"), 9000)].into();
+        assert!(matches!(
+            allocator.reconfigure(bad, START),
+            Err(PinError::Shared { port: 9000, .. })
+        ));
+        assert_eq!(effects(&mut allocator), []);
+        assert_eq!(connect(&mut allocator, "b").1, 8101);
+    }
+
+    #[test]
+    fn leases_that_run_end_no_later_than_new_ones() {
+        let leases = |lease| Config {
+            lease,
+            ..config(8100..=8102)
+        };
+        let mut allocator = Allocator::new(leases(LEASE)).unwrap();
+        let (allocation, _) = connect(&mut allocator, "a");
+        allocator.agent_lost(allocation, START);
+        let times = [(2 * LEASE, LEASE), (LEASE / 2, LEASE / 2)];
+        for (lease, left) in times {
+            assert_eq!(allocator.reconfigure(leases(lease), START), Ok(0));
+            assert_eq!(allocator.poll_timeout(), Some(START + left));
+        }
+        assert_eq!(allocator.reconfigure(leases(Duration::ZERO), START), Ok(0));
+        assert_eq!(effects(&mut allocator).len(), 2);
+        assert_eq!(allocator.counts().free, 3);
     }
 
     #[test]
@@ -1495,7 +1759,7 @@ mod tests {
         assert_eq!(allocator.counts().opening, 3);
 
         for (number, port) in (1..).zip(8100..=8102) {
-            allocator.bound(port, Allocation(number));
+            allocator.bound(port, Allocation(number), START);
         }
         let agents = ["serving", "leased", "long"].map(agent);
         let reclaimed: Vec<_> = (1..)
@@ -1538,7 +1802,7 @@ mod tests {
         let (allocation, port) = (Allocation(1), 8100);
         let answer = allocator.request(&agent("a"), None, START);
         assert_eq!(answer, Answer::Opening { allocation });
-        allocator.bound(port, allocation);
+        allocator.bound(port, allocation, START);
         assert_eq!(
             effects(&mut allocator),
             [Effect::Granted { allocation, port }]
@@ -1641,6 +1905,8 @@ mod tests {
         ReleaseAll,
         /// The server is killed, and another one takes over its memory.
         Restart,
+        /// Other settings hold: a range, which agents are pinned to which ports, a lease.
+        Reconfigure(RangeInclusive<u16>, Vec<(u8, u16)>, u64),
     }
 
     const AGENTS: u8 = 8;
@@ -1659,7 +1925,16 @@ mod tests {
             3 => (0..40u64).prop_map(Op::Wait),
             1 => Just(Op::ReleaseAll),
             1 => Just(Op::Restart),
+            2 => reconfigure(),
         ]
+    }
+
+    fn reconfigure() -> impl Strategy<Value = Op> {
+        let pin = (0..AGENTS, 99..109u16);
+        let pins = prop::collection::vec(pin, 0..3);
+        let lease = prop_oneof![Just(0), Just(20), Just(5)];
+        (98..104u16, 99..108u16, pins, lease)
+            .prop_map(|(start, end, pins, lease)| Op::Reconfigure(start..=end, pins, lease))
     }
 
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -1671,7 +1946,10 @@ mod tests {
 
     /// A kernel, other programs, and the agents' side of the bargain.
     struct World {
-        lease: Duration,
+        /// The settings that hold.
+        config: Config,
+        /// Who may go on where the settings wouldn't put him, until he is lost.
+        draining: BTreeSet<(AgentId, u16)>,
         allocator: Allocator,
         now: Duration,
         held_by_others: BTreeSet<u16>,
@@ -1687,9 +1965,14 @@ mod tests {
 
     impl World {
         fn new(lease: Duration) -> Self {
+            let mut config = config(PORTS);
+            config.lease = lease;
+            config.pinned = [(agent("agent-0"), 103), (agent("agent-1"), 107)].into();
+            config.reserved = [104].into();
             Self {
-                lease,
-                allocator: Self::allocator(lease),
+                allocator: Allocator::new(config.clone()).unwrap(),
+                config,
+                draining: BTreeSet::new(),
                 now: START,
                 held_by_others: BTreeSet::new(),
                 descriptors: true,
@@ -1700,17 +1983,64 @@ mod tests {
             }
         }
 
-        fn allocator(lease: Duration) -> Allocator {
-            let mut config = config(PORTS);
-            config.lease = lease;
-            config.pinned = [(agent("agent-0"), 103), (agent("agent-1"), 107)].into();
-            config.reserved = [104].into();
-            Allocator::new(config).unwrap()
+        /// Whether the settings let an agent have a port.
+        fn fits(&self, agent: &AgentId, port: u16) -> bool {
+            let Config {
+                pinned,
+                range,
+                reserved,
+                ..
+            } = &self.config;
+            match pinned.get(agent) {
+                Some(pin) => *pin == port,
+                None => {
+                    let others = pinned.values().any(|pin| *pin == port);
+                    range.contains(&port) && !others && !reserved.contains(&port)
+                }
+            }
+        }
+
+        fn reconfigure(&mut self, range: RangeInclusive<u16>, pins: Vec<(u8, u16)>, lease: u64) {
+            let pins = pins.into_iter();
+            let config = Config {
+                range,
+                pinned: pins
+                    .map(|(number, port)| (agent(&format!("agent-{number}")), port))
+                    .collect(),
+                lease: Duration::from_secs(lease),
+                ..self.config.clone()
+            };
+            let before: Vec<_> = (self.allocator.ports())
+                .map(|view| format!("{view:?}"))
+                .collect();
+            let serving: Vec<(AgentId, u16)> = (self.allocator.ports())
+                .filter(|view| view.state == PortState::Serving)
+                .filter_map(|view| Some((view.tenant?.0.clone(), view.port)))
+                .collect();
+            let good = Allocator::new(config.clone()).err();
+            let outcome = self.allocator.reconfigure(config.clone(), self.now);
+            assert_eq!(outcome.as_ref().err(), good.as_ref());
+            let Ok(draining) = outcome else {
+                let after = self.allocator.ports().map(|view| format!("{view:?}"));
+                assert!(after.eq(before), "changed by half");
+                return;
+            };
+            self.config = config;
+            self.draining = serving
+                .into_iter()
+                .filter(|(agent, port)| !self.fits(agent, *port))
+                .collect();
+            let opening = (self.allocator.ports())
+                .filter(|view| view.state == PortState::Opening)
+                .filter(|view| !self.fits(view.tenant.unwrap().0, view.port));
+            assert_eq!(draining, self.draining.len() + opening.count());
         }
 
         fn restart(&mut self) {
             let memory = self.allocator.memory();
-            self.allocator = Self::allocator(self.lease);
+            self.allocator = Allocator::new(self.config.clone()).unwrap();
+            self.draining.clear();
+            let lease = self.config.lease;
             self.listening.clear();
             self.asked.clear();
             self.outcomes.clear();
@@ -1720,16 +2050,19 @@ mod tests {
                 .into_iter()
                 .map(|entry| Remembered {
                     claim: match entry.claim {
-                        _ if self.lease.is_zero() => Claim::Released,
+                        _ if lease.is_zero() => Claim::Released,
                         Claim::Serving => Claim::Leased {
-                            until: self.now + self.lease,
+                            until: self.now + lease,
                         },
                         other => other,
                     },
                     ..entry
                 })
+                .filter(|entry| self.fits(&entry.agent, entry.port))
                 // Without a lease there is nothing to remember of a pin.
-                .filter(|entry| entry.claim != Claim::Released || ![103, 107].contains(&entry.port))
+                .filter(|entry| {
+                    entry.claim != Claim::Released || !self.config.pinned.contains_key(&entry.agent)
+                })
                 .collect();
             assert_eq!(self.allocator.memory(), expected);
         }
@@ -1774,7 +2107,7 @@ mod tests {
                     // A bind that is under way has exactly one outcome, which is not ours here.
                     let allocation = Allocation(number);
                     if self.asked.get(&port) != Some(&allocation) {
-                        self.allocator.bound(port, allocation);
+                        self.allocator.bound(port, allocation, self.now);
                         self.allocator
                             .bind_failed(port, allocation, failure, self.now);
                     }
@@ -1794,6 +2127,7 @@ mod tests {
                 }
                 Op::ReleaseAll => self.allocator.release_all(),
                 Op::Restart => self.restart(),
+                Op::Reconfigure(range, pins, lease) => self.reconfigure(range, pins, lease),
             }
             self.perform();
             self.check();
@@ -1802,7 +2136,7 @@ mod tests {
         fn answer(&mut self) {
             if let Some((port, allocation, outcome)) = self.outcomes.pop_front() {
                 match outcome {
-                    Ok(()) => self.allocator.bound(port, allocation),
+                    Ok(()) => self.allocator.bound(port, allocation, self.now),
                     Err(failure) => {
                         if self.asked.get(&port) == Some(&allocation) {
                             self.asked.remove(&port);
@@ -1844,9 +2178,11 @@ mod tests {
                     }
                     Effect::Granted { allocation, port } => {
                         assert_eq!(self.listening.get(&port), Some(&allocation));
-                        let (_, phase) = self.tenancies.get_mut(&allocation).unwrap();
+                        let (agent, phase) = self.tenancies.get_mut(&allocation).unwrap();
                         assert_eq!(*phase, Phase::Waiting);
                         *phase = Phase::Granted;
+                        let agent = agent.clone();
+                        assert!(self.fits(&agent, port), "{agent} on {port}");
                     }
                     Effect::Reclaimed {
                         allocation,
@@ -1885,15 +2221,15 @@ mod tests {
                 if let Some((id, allocation)) = view.tenant {
                     assert!(tenants.insert(id.clone()), "{id} has two ports");
                     assert!(running.insert(allocation));
-                    let pin = match id.as_str() {
-                        "agent-0" => Some(103),
-                        "agent-1" => Some(107),
-                        _ => None,
+                    let drains = match view.state {
+                        PortState::Serving => self.draining.contains(&(id.clone(), view.port)),
+                        state => state == PortState::Opening,
                     };
-                    match pin {
-                        Some(pin) => assert_eq!(view.port, pin),
-                        None => assert!(![103, 104, 107].contains(&view.port)),
-                    }
+                    assert!(drains || self.fits(id, view.port), "{view:?}");
+                } else {
+                    let anybody = self.config.pinned.values().any(|pin| *pin == view.port)
+                        || self.fits(&agent("nobody"), view.port);
+                    assert!(anybody, "{view:?}");
                 }
                 let bound = self.listening.get(&view.port);
                 match view.state {

@@ -96,12 +96,12 @@ pub(super) struct Entry<'a> {
     pub agent_id: &'a AgentId,
     /// The port.
     pub port: u16,
-    /// The request's method.
-    pub method: &'a str,
-    /// Its target without the query.
-    pub path: &'a str,
+    /// The request's method, a token; none if its head couldn't be read.
+    pub method: Option<&'a [u8]>,
+    /// Its target without the query; none if that has none.
+    pub path: Option<&'a [u8]>,
     /// Its protocol.
-    pub protocol: &'static str,
+    pub protocol: Option<&'static str>,
     /// The status of the answer; none if no answer was begun.
     pub status: Option<u16>,
     /// Bytes of the request's body that went on to the agent.
@@ -139,13 +139,17 @@ impl Entry<'_> {
         }
         line.word("agent_id", self.agent_id);
         line.number("port", self.port);
-        // A token, so there is nothing to escape (RFC 9110, section 9.1).
-        line.word(
-            "method",
-            self.method.get(..MAX_METHOD).unwrap_or(self.method),
-        );
-        line.quoted("path", self.path.as_bytes(), MAX_PATH);
-        line.word("protocol", self.protocol);
+        if let Some(method) = self.method {
+            // Nothing in a token has to be escaped (RFC 9110, section 5.6.2).
+            let method = &method[..method.len().min(MAX_METHOD)];
+            line.word("method", String::from_utf8_lossy(method));
+        }
+        if let Some(path) = self.path {
+            line.quoted("path", path, MAX_PATH);
+        }
+        if let Some(protocol) = self.protocol {
+            line.word("protocol", protocol);
+        }
         if let Some(status) = self.status {
             line.number("status", status);
         }
@@ -236,9 +240,9 @@ mod tests {
             forwarded_for: None,
             agent_id,
             port: 8100,
-            method: "GET",
-            path: "/a",
-            protocol: "HTTP/1.1",
+            method: Some(b"GET"),
+            path: Some(b"/a"),
+            protocol: Some("HTTP/1.1"),
             status: Some(200),
             bytes_in: 1,
             bytes_out: 2,
@@ -259,6 +263,7 @@ mod tests {
              method=GET path=\"/a\" protocol=HTTP/1.1 status=200 bytes_in=1 bytes_out=2 \
              duration_ms=12.045 complete=true request_id=\"id\"\n"
         );
+        (entry.method, entry.path, entry.protocol) = (None, None, None);
         entry.status = None;
         entry.complete = false;
         entry.request_id = None;
@@ -266,7 +271,9 @@ mod tests {
         entry.error = Some("tunnel_lost");
         let line = entry.line(Format::Text);
         assert!(line.contains(" forwarded_for=\"198.51.100.7\" "), "{line}");
-        assert!(!line.contains("status=") && !line.contains("request_id="));
+        for name in ["method=", "path=", "protocol=", "status=", "request_id="] {
+            assert!(!line.contains(name), "{line}");
+        }
         assert!(line.ends_with(" complete=false error=tunnel_lost\n"));
     }
 
@@ -290,7 +297,7 @@ mod tests {
     fn no_visitor_writes_lines_of_his_own() {
         let id = "agent-1".parse().unwrap();
         let mut entry = entry(&id);
-        entry.path = "/\" status=200\n\r\u{1b}[31m\\\u{7f}é";
+        entry.path = Some("/\" status=200\n\r\u{1b}[31m\\\u{7f}é".as_bytes());
         entry.request_id = Some(b"\xff\"\n");
         let escaped = r#"path="/\" status=200\u000a\u000d\u001b[31m\\\u007f\u00c3\u00a9" "#;
         let line = entry.line(Format::Text);
@@ -302,7 +309,7 @@ mod tests {
         assert_eq!(json["request_id"], "\u{ff}\"\n");
 
         let long = "/".repeat(MAX_PATH + 1);
-        entry.path = &long;
+        entry.path = Some(long.as_bytes());
         assert!(entry.line(Format::Text).contains("//...\" protocol="));
     }
 }

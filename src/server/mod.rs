@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
+use arc_swap::ArcSwap;
 use dashmap::DashMap;
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc};
@@ -163,7 +164,7 @@ impl Server {
             sweeps: (0..worker_count).map(|_| Arc::new(Notify::new())).collect(),
             metrics: metrics.clone(),
             registry: registry.clone(),
-            config,
+            config: ArcSwap::from_pointee(config),
         });
 
         let mut workers = Vec::new();
@@ -179,7 +180,7 @@ impl Server {
             shared: shared.clone(),
             queues,
         };
-        let (mut acceptor, handle) = Acceptor::new(shared.config.http.agent_host, dispatcher)?;
+        let (mut acceptor, handle) = Acceptor::new(shared.config().http.agent_host, dispatcher)?;
         acceptor.adopt(tunnel_listener, TUNNEL_LISTENER)?;
         registry.set_acceptor(handle.clone());
 
@@ -233,7 +234,7 @@ impl Server {
             directory,
             metrics,
             readiness: readiness.clone(),
-            api_key: shared.config.http.admin_api_key.clone(),
+            api_key: shared.config().http.admin_api_key.clone(),
         };
         let admin = Admin::start(admin_listener, state, stop_admin.clone().cancelled_owned())?;
         serving.release();
@@ -242,13 +243,13 @@ impl Server {
             tunnel = %tunnel_address,
             ports = %format_args!(
                 "{}-{}",
-                shared.config.http.agent_port_range.start(),
-                shared.config.http.agent_port_range.end()
+                shared.config().http.agent_port_range.start(),
+                shared.config().http.agent_port_range.end()
             ),
             workers = worker_count,
             "server started"
         );
-        if shared.config.grpc.auth.is_open() && !tunnel_address.ip().is_loopback() {
+        if shared.config().grpc.auth.is_open() && !tunnel_address.ip().is_loopback() {
             info!("no credential is configured: agents are accepted from this host only");
         }
         Ok(Self {
@@ -310,7 +311,7 @@ impl Server {
                 looks.tick().await;
             }
         };
-        if tokio::time::timeout(self.shared.config.server.grace, at_rest)
+        if tokio::time::timeout(self.shared.config().server.grace, at_rest)
             .await
             .is_err()
         {

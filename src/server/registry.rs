@@ -301,7 +301,9 @@ impl Registry {
         let mut state = self.lock();
         let allocation = Allocation(key);
         match outcome {
-            Ok(()) => state.allocator.bound(port, allocation),
+            Ok(()) => state
+                .allocator
+                .bound(port, allocation, self.epoch.elapsed()),
             Err(error) => {
                 self.metrics.bind_failures.inc();
                 if crate::net::bind_failure(&error) == ports::BindFailure::Descriptors

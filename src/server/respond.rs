@@ -1,7 +1,7 @@
 //! The one place that turns what went wrong into what a visitor sees.
 
 use bytes::Bytes;
-use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderName, HeaderValue, Response, StatusCode};
 
 use crate::headers::Refusal;
@@ -82,7 +82,8 @@ impl Fault {
         }
     }
 
-    fn status(self) -> StatusCode {
+    /// The answer's status.
+    pub(super) fn status(self) -> StatusCode {
         match self {
             Self::AgentOffline | Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
             Self::TunnelLost | Self::UpstreamRefused | Self::UpstreamError => {
@@ -185,9 +186,6 @@ impl Fault {
                 http::header::ALLOW,
                 HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
             );
-        }
-        if self.closes() {
-            headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response
     }

@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use super::registry::{Applicant, DEFAULT_HOST, JoinError, Joined};
 use super::rivals::Instance;
 use super::worker::Worker;
+use crate::config::ServerConfig;
 use crate::id::{AgentId, MAX_LABEL_LEN, MAX_LABELS};
 use crate::link::{Ended, Link, Observer};
 use crate::metrics::{
@@ -197,7 +198,9 @@ async fn run(
         }
     };
     let shown_id = ShownId::of(&hello.agent_id);
-    let (agent_id, session, joined) = match welcome(&worker, &connection, hello).await {
+    // The session goes by what holds now, in all of its parts.
+    let config = worker.shared().config_to_keep();
+    let (agent_id, session, joined) = match welcome(&worker, &connection, &config, hello).await {
         Ok(welcomed) => welcomed,
         Err(rejection) => return turn_away(&worker, &connection, shown_id, rejection, first),
     };
@@ -215,17 +218,18 @@ async fn run(
         generation,
     };
     let since = tokio::time::Instant::now();
-    let settings = &worker.shared().config.grpc;
     let welcome = Welcome {
         version: VERSION,
         port: port.into(),
         public_url,
         generation: generation.0,
-        heartbeat_interval_ms: millis(settings.heartbeat_interval),
-        heartbeat_timeout_ms: millis(settings.heartbeat_timeout),
-        max_exchanges: worker.shared().max_exchanges(),
+        heartbeat_interval_ms: millis(config.grpc.heartbeat_interval),
+        heartbeat_timeout_ms: millis(config.grpc.heartbeat_timeout),
+        max_exchanges: max_exchanges(&config),
         capabilities: Vec::new(),
     };
+    // It may be replaced while this session lives.
+    drop(config);
     let sent = first.send(First {
         message: ServerMessage {
             welcome: Some(welcome),
@@ -279,6 +283,7 @@ impl Drop for Membership<'_> {
 async fn welcome(
     worker: &Arc<Worker>,
     connection: &Connection,
+    config: &ServerConfig,
     hello: Hello,
 ) -> Result<(AgentId, Arc<Session>, Joined), Turned> {
     let shared = worker.shared();
@@ -313,8 +318,7 @@ async fn welcome(
     }
     let loopback = connection.peer.ip().to_canonical().is_loopback();
     let credential = Some(&hello.credential[..]).filter(|credential| !credential.is_empty());
-    shared
-        .config
+    config
         .grpc
         .auth
         .check(&agent_id, credential, loopback)
@@ -323,17 +327,16 @@ async fn welcome(
             rejection: reject(RejectionReason::Auth, &denied.to_string(), REFUSED_RETRY),
         })?;
 
-    let settings = &shared.config;
     let link = Link::opener(
         Config {
-            max_exchanges: shared.max_exchanges(),
-            heartbeat_interval: settings.grpc.heartbeat_interval,
-            heartbeat_timeout: settings.grpc.heartbeat_timeout,
+            max_exchanges: max_exchanges(config),
+            heartbeat_interval: config.grpc.heartbeat_interval,
+            heartbeat_timeout: config.grpc.heartbeat_timeout,
         },
-        Budget::new(shared.pool.clone(), settings.server.max_buffered_per_agent),
+        Budget::new(shared.pool.clone(), config.server.max_buffered_per_agent),
     );
     let session = Session::new(link);
-    let public_host = match &settings.http.public_host {
+    let public_host = match &config.http.public_host {
         Some(host) => host.clone(),
         None => {
             let host = connection
@@ -360,6 +363,11 @@ async fn welcome(
         })
         .await?;
     Ok((agent_id, session, joined))
+}
+
+/// The most exchanges a tunnel carries at once.
+fn max_exchanges(config: &ServerConfig) -> u32 {
+    u32::try_from(config.http.max_exchanges_per_agent).unwrap_or(u32::MAX)
 }
 
 /// A session that isn't welcome, and why.
@@ -448,7 +456,8 @@ fn log_rejection(worker: &Worker, connection: &Connection, agent_id: &ShownId, t
     let mends = match kind {
         RejectionKind::PortExhausted => {
             let shared = worker.shared();
-            let range = &shared.config.http.agent_port_range;
+            let config = shared.config();
+            let range = &config.http.agent_port_range;
             let ports = |state| shared.metrics.ports.get(state);
             warn!(
                 %agent_id,

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use arc_swap::{ArcSwap, Guard};
 use dashmap::DashMap;
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
@@ -21,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::access::AccessLog;
-use super::ingress::visitor::{self, Watched};
+use super::ingress::{self, Watched};
 use super::registry::Registry;
 use super::session::{Connection, TunnelService};
 use super::tenancy::Tenancy;
@@ -56,8 +57,8 @@ const GOODBYE: Duration = Duration::from_secs(1);
 
 /// What all parts of a server share.
 pub(super) struct Shared {
-    /// What the server was told.
-    pub config: ServerConfig,
+    /// What the server is told: replaced as a whole when it is told anew.
+    pub(super) config: ArcSwap<ServerConfig>,
     /// What it counts.
     pub metrics: Arc<Metrics>,
     /// Who is connected.
@@ -80,9 +81,17 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    /// The most exchanges a tunnel carries at once.
-    pub(super) fn max_exchanges(&self) -> u32 {
-        u32::try_from(self.config.http.max_exchanges_per_agent).unwrap_or(u32::MAX)
+    /// What the server is told now, for a look at it: a few instructions, no lock. Take it once
+    /// for what belongs together, so that nothing goes by half of the old and half of the new,
+    /// and don't keep it over an await: [`Shared::config_to_keep`] is for that.
+    pub(super) fn config(&self) -> Guard<Arc<ServerConfig>> {
+        self.config.load()
+    }
+
+    /// The same for whoever goes by it for longer, such as a session. It touches a counter that
+    /// all workers share, so not for each request.
+    pub(super) fn config_to_keep(&self) -> Arc<ServerConfig> {
+        self.config.load_full()
     }
 
     fn handshakes(&self) -> MutexGuard<'_, BTreeMap<u64, CancellationToken>> {
@@ -129,7 +138,7 @@ impl Worker {
         shared: Arc<Shared>,
         request_ids: RequestIds,
     ) -> (Arc<Self>, JobSender, mpsc::Receiver<Job>) {
-        let (sender, jobs) = mpsc::channel(QUEUE.max(shared.config.http.max_connections));
+        let (sender, jobs) = mpsc::channel(QUEUE.max(shared.config().http.max_connections));
         let worker = Arc::new(Self {
             index,
             sweep: shared.sweeps[index].clone(),
@@ -200,7 +209,7 @@ impl Worker {
         match job {
             Job::Visitors(tenancy, batch) => {
                 for accepted in batch {
-                    visitor::admit(self, &tenancy, accepted);
+                    ingress::admit(self, &tenancy, accepted);
                 }
             }
             Job::Agents(batch) => {
@@ -214,7 +223,8 @@ impl Worker {
     /// Looks at each connection once: is it over, or beyond a limit of time?
     fn sweep_connections(&self) {
         let now = self.now();
-        let limits = &self.shared.config.http;
+        let config = self.shared.config();
+        let limits = &config.http;
         for (_, watched) in self.watched().iter() {
             watched.inspect(now, limits);
         }
@@ -283,7 +293,7 @@ impl Worker {
             http2::server()
                 .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service))
         );
-        let deadline = tokio::time::sleep(self.shared.config.grpc.handshake_timeout);
+        let deadline = tokio::time::sleep(self.shared.config().grpc.handshake_timeout);
         let failed = tokio::select! {
             outcome = &mut http => {
                 Some(if outcome.is_err() { HandshakeFailure::Protocol } else { HandshakeFailure::Closed })
@@ -366,8 +376,9 @@ impl Handshake {
     /// hello at once, so whoever has waited longest is the least likely to be one.
     fn begin(shared: &Arc<Shared>) -> Self {
         let evicted = CancellationToken::new();
+        let limit = shared.config().grpc.max_handshakes;
         let mut places = shared.handshakes();
-        if places.len() >= shared.config.grpc.max_handshakes
+        if places.len() >= limit
             && let Some((_, oldest)) = places.pop_first()
         {
             oldest.cancel();

@@ -23,6 +23,7 @@ fn targets_arrive_as_they_were_sent() {
         "OPTIONS /",
         &format!("GET {absolute}"),
         "DELETE /x",
+        "GET /a<b>\"c\"?<>",
         "PROPFIND /dav/",
         "M-SEARCH /x",
     ] {
@@ -83,7 +84,7 @@ fn a_bare_request_gets_only_what_says_where_it_came_from() {
         "{id}"
     );
     let expected = [
-        ("host", "h"),
+        ("Host", "h"),
         ("x-forwarded-for", "127.0.0.1"),
         ("x-forwarded-host", "h"),
         ("x-forwarded-proto", "http"),

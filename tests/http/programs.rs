@@ -234,7 +234,7 @@ fn nginx_serves_files_through_the_tunnel() {
     );
     let etag = head
         .lines()
-        .find_map(|line| line.strip_prefix("etag: "))
+        .find_map(|line| line.strip_prefix("ETag: "))
         .unwrap();
     let condition = format!("If-None-Match: {etag}");
     let status = ["-o", "/dev/null", "-w", "%{http_code} %{redirect_url}"];

@@ -1,81 +1,31 @@
 //! One exchange over one connection to the service.
 
-use std::future::Future;
-use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::io;
+use std::pin::pin;
+use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
 use futures_util::future::{Either, poll_fn, select};
-use http::{Request, Response, StatusCode};
-use http_body::{Body, Frame};
-use hyper::body::Incoming;
-use hyper::client::conn::{TrySendError, http1};
-use hyper_util::rt::TokioIo;
 use tracing::debug;
 
 use crate::head::{RequestHead, ResponseHead};
-use crate::headers::{forward_response, forward_trailers};
+use crate::headers::{check_response, forward_response};
+use crate::http1::{BodyDecoder, HeadLimits, HeadScan, Piece, parse_response};
 use crate::link::Exchange;
 use crate::mux::Reason;
 
-use super::request::{self, RequestBody};
-use super::service::{ServiceStream, Traffic};
+use super::connection::Connection;
+use super::request::{Broken, InvalidRequest, Upload};
 use super::{Task, Worker};
 
-/// The most bytes hyper reads ahead of what the tunnel takes, and the longest head it accepts.
-const BUFFER: usize = 64 * 1024;
+/// How large an answer's head may be: as much as the tunnel carries.
+const HEAD_LIMITS: HeadLimits = HeadLimits {
+    line: 8 * 1024,
+    head: 64 * 1024,
+    lines: 256,
+};
 
-/// A connection to the service. It does nothing unless it is polled.
-pub(super) struct Connection {
-    sender: http1::SendRequest<RequestBody>,
-    io: http1::Connection<TokioIo<ServiceStream>, RequestBody>,
-    traffic: Arc<Traffic>,
-    /// It has ended.
-    over: bool,
-}
-
-impl Connection {
-    async fn new(stream: ServiceStream) -> hyper::Result<Box<Self>> {
-        let traffic = stream.traffic();
-        let (sender, io) = http1::Builder::new()
-            .max_buf_size(BUFFER)
-            .handshake(TokioIo::new(stream))
-            .await?;
-        Ok(Box::new(Self {
-            sender,
-            io,
-            traffic,
-            over: false,
-        }))
-    }
-
-    /// Lets hyper read and write. What fails is told to whoever waits for the answer.
-    fn poll(&mut self, cx: &mut Context<'_>) {
-        if !self.over && Pin::new(&mut self.io).poll(cx).is_ready() {
-            self.over = true;
-        }
-    }
-
-    /// Waits for the service to close the connection, while nothing is asked of it.
-    pub(super) fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.poll(cx);
-        if self.over {
-            Poll::Ready(())
-        } else {
-            Poll::Pending
-        }
-    }
-
-    /// Whether the next request can be sent on it. Not while a request or an answer is
-    /// incomplete, nor when either side has said that it closes.
-    fn is_reusable(&mut self, cx: &mut Context<'_>) -> bool {
-        if !self.over && !self.sender.is_ready() {
-            self.poll(cx);
-        }
-        !self.over && self.sender.is_ready()
-    }
-}
+/// How much of a request waits for the service before the visitor is asked for more.
+const WRITE_AHEAD: usize = 64 * 1024;
 
 /// How one try to have a request answered ended.
 enum Attempt {
@@ -83,16 +33,11 @@ enum Attempt {
     Answered { reusable: bool },
     /// The exchange has ended otherwise; the service sees that by the end of its connection.
     Ended,
-    /// The connection broke before a byte of an answer. The request, if it can be sent again.
-    Broken(Option<Again>),
-}
-
-/// What is to be sent again.
-enum Again {
-    /// The request, of which nothing was written.
-    Same(Box<Request<RequestBody>>),
-    /// One just like it.
-    Rebuilt,
+    /// The connection broke before a byte of an answer.
+    Broken {
+        /// The service may have read something of the request.
+        written: bool,
+    },
 }
 
 /// Forwards one exchange, if possible over `connection`, and gives the connection back if it can
@@ -103,23 +48,17 @@ pub(super) async fn forward(
     task: Task,
 ) -> Option<Box<Connection>> {
     let Task { exchange, head } = task;
-    let body = poll_fn(|cx| {
+    let upload = poll_fn(|cx| {
         if exchange.poll_reset(cx).is_ready() {
             // Cancelled while it waited for its turn.
             return Poll::Ready(None);
         }
-        let expects = request::expects_continue(&head);
-        Poll::Ready(Some(RequestBody::new(
-            &exchange,
-            &worker.deadline,
-            expects,
-            cx,
-        )))
+        Poll::Ready(Some(Upload::new(worker.service(), &exchange, &head, cx)))
     });
-    let Some(body) = body.await else {
+    let Some(upload) = upload.await else {
         return connection;
     };
-    let mut request = build(worker, &exchange, &head, body)?;
+    let mut upload = sendable(&exchange, upload)?;
     let mut connection = match connection {
         Some(connection) => connection,
         None => open(worker, &exchange).await?,
@@ -128,19 +67,18 @@ pub(super) async fn forward(
     loop {
         worker.deadline.hold(false);
         worker.start_deadline();
-        match attempt(worker, &mut connection, &exchange, &head, request).await {
+        let mut answer = Answer::new(&exchange, &head);
+        match poll_fn(|cx| answer.poll(worker, &mut connection, &mut upload, cx)).await {
             Attempt::Answered { reusable } => return reusable.then_some(connection),
             Attempt::Ended => return None,
-            Attempt::Broken(Some(again)) if !retried => {
+            Attempt::Broken { written } if !retried && may_repeat(&head, &upload, written) => {
                 retried = true;
-                request = match again {
-                    Again::Same(request) => *request,
-                    Again::Rebuilt => build(worker, &exchange, &head, RequestBody::none())?,
-                };
-                drop(connection);
+                if written {
+                    upload = sendable(&exchange, Upload::bodiless(worker.service(), &head))?;
+                }
                 connection = open(worker, &exchange).await?;
             }
-            Attempt::Broken(_) => {
+            Attempt::Broken { .. } => {
                 exchange.abort(Reason::UpstreamError);
                 return None;
             }
@@ -148,14 +86,23 @@ pub(super) async fn forward(
     }
 }
 
-fn build(
-    worker: &Worker,
-    exchange: &Exchange,
-    head: &RequestHead,
-    body: RequestBody,
-) -> Option<Request<RequestBody>> {
-    match request::build(worker.service(), exchange, head, body) {
-        Ok(request) => Some(request),
+/// Whether a request that got no byte of an answer may be sent again: if the service saw nothing
+/// of it, or if it has no body and does the same when it is done twice.
+fn may_repeat(head: &RequestHead, upload: &Upload, written: bool) -> bool {
+    !written || !upload.has_body() && is_idempotent(&head.method)
+}
+
+/// RFC 9110, section 9.2.2.
+fn is_idempotent(method: &[u8]) -> bool {
+    matches!(
+        method,
+        b"GET" | b"HEAD" | b"OPTIONS" | b"TRACE" | b"PUT" | b"DELETE"
+    )
+}
+
+fn sendable(exchange: &Exchange, upload: Result<Upload, InvalidRequest>) -> Option<Upload> {
+    match upload {
+        Ok(upload) => Some(upload),
         Err(error) => {
             debug!(?exchange, %error, "the request can't be forwarded");
             exchange.abort(Reason::UpstreamError);
@@ -166,191 +113,273 @@ fn build(
 
 /// Opens a connection, unless the exchange is cancelled before.
 async fn open(worker: &Worker, exchange: &Exchange) -> Option<Box<Connection>> {
-    let connect = pin!(async {
-        let stream = worker.service().connect().await.map_err(|error| {
-            debug!(%error, "can't connect to the local service");
-            Reason::UpstreamRefused
-        })?;
-        Connection::new(stream)
-            .await
-            .map_err(|_| Reason::UpstreamError)
-    });
+    let connect = pin!(worker.service().connect());
     let cancelled = poll_fn(|cx| exchange.poll_reset(cx));
     match select(connect, cancelled).await {
-        Either::Left((Ok(connection), _)) => Some(connection),
-        Either::Left((Err(reason), _)) => {
-            exchange.abort(reason);
+        Either::Left((Ok(stream), _)) => Some(Box::new(Connection::new(stream))),
+        Either::Left((Err(error), _)) => {
+            debug!(%error, "can't connect to the local service");
+            exchange.abort(Reason::UpstreamRefused);
             None
         }
         Either::Right(_) => None,
     }
 }
 
-async fn attempt(
-    worker: &Worker,
-    connection: &mut Connection,
-    exchange: &Exchange,
-    head: &RequestHead,
-    request: Request<RequestBody>,
-) -> Attempt {
-    let traffic = connection.traffic.now();
-    let bodiless = request.body().is_end_stream();
-    let response = connection.sender.try_send_request(request);
-    // Answer and body come out of the connection, which this task polls just before it looks at
-    // them: there is nobody else who could have to wake it. Without that, every piece would wake
-    // the running task once more. (Nor may tokio's budget stop a look that nobody repeats.)
-    let mut response = pin!(tokio::task::unconstrained(response));
-    let mut body = None;
-    let mut last = (traffic.1, false);
-    poll_fn(|cx| {
-        let mut unwoken = Context::from_waker(Waker::noop());
+/// A request on its way and its answer: both directions of a connection, driven by one task.
+struct Answer<'a> {
+    exchange: &'a Exchange,
+    to_head: bool,
+    stage: Stage,
+    /// The service has taken something of the request.
+    written: bool,
+    /// The service takes no more of the request. It may have answered before it stopped.
+    refused: bool,
+    /// The service has sent something.
+    answered: bool,
+}
+
+enum Stage {
+    Head(HeadScan),
+    Body {
+        decoder: BodyDecoder,
+        /// The connection can be used again after it.
+        persistent: bool,
+    },
+}
+
+impl<'a> Answer<'a> {
+    fn new(exchange: &'a Exchange, head: &RequestHead) -> Self {
+        Self {
+            exchange,
+            to_head: head.method == b"HEAD"[..],
+            stage: Stage::Head(HeadScan::default()),
+            written: false,
+            refused: false,
+            answered: false,
+        }
+    }
+
+    fn poll(
+        &mut self,
+        worker: &Worker,
+        connection: &mut Connection,
+        upload: &mut Upload,
+        cx: &mut Context<'_>,
+    ) -> Poll<Attempt> {
+        if let Err(broken) = self.send(worker, connection, upload, cx) {
+            // The service must not take what it got for a whole request.
+            if let Broken::Length = broken {
+                self.exchange.abort(Reason::BodyIncomplete);
+            }
+            debug!(exchange = ?self.exchange, %broken, "the request broke off");
+            return Poll::Ready(Attempt::Ended);
+        }
         loop {
-            connection.poll(cx);
-            let incoming = match &mut body {
-                Some(incoming) => incoming,
-                None => match response.as_mut().poll(&mut unwoken) {
-                    Poll::Ready(Ok(answer)) => {
-                        worker.deadline.clear();
-                        match take_head(exchange, answer) {
-                            Some(incoming) => body.insert(incoming),
-                            None => return Poll::Ready(Attempt::Ended),
-                        }
-                    }
-                    Poll::Ready(Err(error)) => {
-                        if exchange.poll_reset(cx).is_ready() {
-                            return Poll::Ready(Attempt::Ended);
-                        }
-                        let traffic = (traffic, connection.traffic.now());
-                        return Poll::Ready(Attempt::Broken(again(error, head, bodiless, traffic)));
-                    }
-                    Poll::Pending => {
-                        // Its time runs from the last piece of the request that the service got.
-                        let now = (connection.traffic.now().1, worker.deadline.is_held());
-                        if now != last {
-                            last = now;
-                            worker.start_deadline();
-                        } else if worker.deadline.is_over() {
-                            exchange.abort(Reason::UpstreamTimeout);
-                            return Poll::Ready(Attempt::Ended);
-                        }
-                        return exchange.poll_reset(cx).map(|_| Attempt::Ended);
-                    }
-                },
+            let outcome = match &mut self.stage {
+                Stage::Head(_) => ready!(self.poll_head(worker, connection, upload, cx)),
+                Stage::Body { .. } => ready!(self.poll_body(connection, upload, cx)),
             };
-            let mut moved = false;
-            loop {
-                // The service is asked for no more than the visitor takes.
-                match exchange.poll_capacity(cx) {
-                    Poll::Ready(Ok(_)) => {}
-                    Poll::Ready(Err(_)) => return Poll::Ready(Attempt::Ended),
-                    Poll::Pending => return Poll::Pending,
-                }
-                match Pin::new(&mut *incoming).poll_frame(&mut unwoken) {
-                    Poll::Ready(frame) => {
-                        match pass_on(exchange, frame, incoming.is_end_stream()) {
-                            Passed::More => moved = true,
-                            Passed::End => {
-                                let reusable = connection.is_reusable(cx);
-                                return Poll::Ready(Attempt::Answered { reusable });
-                            }
-                            Passed::Broken => return Poll::Ready(Attempt::Ended),
-                        }
+            if let Some(attempt) = outcome {
+                return Poll::Ready(attempt);
+            }
+        }
+    }
+
+    /// Sends as much of the request as the service takes and the visitor has sent.
+    fn send(
+        &mut self,
+        worker: &Worker,
+        connection: &mut Connection,
+        upload: &mut Upload,
+        cx: &mut Context<'_>,
+    ) -> Result<(), Broken> {
+        let mut held = false;
+        while !self.refused && !upload.is_complete() {
+            if upload.waiting().len() < WRITE_AHEAD {
+                match upload.poll_next(self.exchange, cx) {
+                    Poll::Ready(taken) => {
+                        taken?;
+                        continue;
                     }
-                    // There is room again for what hyper reads ahead.
-                    Poll::Pending if moved => break,
-                    Poll::Pending => return exchange.poll_reset(cx).map(|_| Attempt::Ended),
+                    // The service's time doesn't run while the visitor's body is awaited, unless
+                    // he waits for the service's word to send it.
+                    Poll::Pending if upload.waiting().is_empty() => {
+                        held = !upload.awaits_go_ahead();
+                        break;
+                    }
+                    Poll::Pending => {}
                 }
             }
+            match connection.poll_write(upload.waiting(), cx) {
+                Poll::Ready(Ok(())) => {
+                    self.written = true;
+                    // Its time runs from the last piece of the request that it got.
+                    worker.start_deadline();
+                }
+                Poll::Ready(Err(error)) => {
+                    debug!(%error, "the local service takes no more of the request");
+                    self.refused = true;
+                }
+                Poll::Pending => break,
+            }
         }
-    })
-    .await
-}
+        if held != worker.deadline.is_held() {
+            worker.deadline.hold(held);
+            worker.start_deadline();
+        }
+        // What fails is seen by the next read.
+        let _ = connection.poll_flush(cx);
+        Ok(())
+    }
 
-/// Passes the answer's head on; nothing is left to be done if it can't be.
-fn take_head(exchange: &Exchange, answer: Response<Incoming>) -> Option<Incoming> {
-    let (head, body) = answer.into_parts();
-    let lines = forward_response(&head.headers);
-    match lines {
-        Ok(lines) if head.status != StatusCode::SWITCHING_PROTOCOLS => {
-            exchange.answer(ResponseHead {
-                status: head.status.as_u16(),
+    /// Waits for the next head, and passes it on.
+    fn poll_head(
+        &mut self,
+        worker: &Worker,
+        connection: &mut Connection,
+        upload: &mut Upload,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Attempt>> {
+        let Stage::Head(scan) = &mut self.stage else {
+            return Poll::Ready(None);
+        };
+        match scan.scan(connection.received(), HEAD_LIMITS) {
+            Ok(None) => {}
+            Ok(Some(end)) => return Poll::Ready(self.take_head(worker, connection, upload, end)),
+            Err(error) => return Poll::Ready(Some(self.fail(error))),
+        }
+        match connection.poll_fill(cx) {
+            Poll::Ready(Ok(1..)) => {
+                self.answered = true;
+                Poll::Ready(None)
+            }
+            Poll::Ready(outcome) => Poll::Ready(Some(self.broke(outcome))),
+            Poll::Pending if worker.deadline.is_over() => {
+                self.exchange.abort(Reason::UpstreamTimeout);
+                Poll::Ready(Some(Attempt::Ended))
+            }
+            Poll::Pending => {
+                let cancelled = self.exchange.poll_reset(cx);
+                cancelled.map(|_| Some(Attempt::Ended))
+            }
+        }
+    }
+
+    fn take_head(
+        &mut self,
+        worker: &Worker,
+        connection: &mut Connection,
+        upload: &mut Upload,
+        end: usize,
+    ) -> Option<Attempt> {
+        let to_head = self.to_head;
+        let head = &connection.received()[..end];
+        let parsed = parse_response(head, HEAD_LIMITS.lines, |line, fields| {
+            let facts = check_response(line.status, line.version, to_head, fields.iter())
+                .map_err(|error| error.to_string())?;
+            let lines = forward_response(fields.iter()).map_err(|error| error.to_string())?;
+            let head = ResponseHead {
+                status: line.status,
                 lines,
-            });
-            Some(body)
-        }
-        // Nobody has asked for another protocol.
-        _ => {
-            exchange.abort(Reason::UpstreamError);
-            None
-        }
-    }
-}
-
-enum Passed {
-    More,
-    End,
-    Broken,
-}
-
-/// Passes on a piece of the answer's body, and its end.
-fn pass_on(
-    exchange: &Exchange,
-    frame: Option<hyper::Result<Frame<Bytes>>>,
-    is_last: bool,
-) -> Passed {
-    let frame = match frame {
-        Some(Ok(frame)) => frame,
-        Some(Err(error)) => {
-            debug!(?exchange, %error, "the local service broke its answer off");
-            exchange.fail(Reason::UpstreamError);
-            return Passed::Broken;
-        }
-        None => {
-            exchange.finish(None);
-            return Passed::End;
-        }
-    };
-    match frame.into_data() {
-        Ok(data) => {
-            if exchange.send(data).is_err() {
-                return Passed::Broken;
+            };
+            Ok::<_, String>((head, facts))
+        });
+        let parsed = parsed
+            .map_err(|error| error.to_string())
+            .and_then(|parsed| parsed);
+        let (head, facts) = match parsed {
+            Ok(parsed) => parsed,
+            Err(error) => return Some(self.fail(error)),
+        };
+        connection.consume(end);
+        match head.status {
+            101 => return Some(self.fail("another protocol, which nobody has asked for")),
+            100..=199 => {
+                if head.status == 100 {
+                    upload.go_ahead();
+                }
+                self.exchange.interim(head);
             }
-            if is_last {
-                exchange.finish(None);
-                return Passed::End;
+            _ => {
+                worker.deadline.clear();
+                self.exchange.answer(head);
+                self.stage = Stage::Body {
+                    decoder: BodyDecoder::new(facts.framing),
+                    persistent: facts.persistent,
+                };
             }
-            Passed::More
         }
-        Err(frame) => {
-            // Trailers that are too long are left out (RFC 9110, section 6.5.1).
-            let trailers = frame.into_trailers().ok();
-            exchange.finish(trailers.and_then(|trailers| forward_trailers(&trailers).ok()));
-            Passed::End
+        None
+    }
+
+    /// Passes the answer's body on.
+    fn poll_body(
+        &mut self,
+        connection: &mut Connection,
+        upload: &Upload,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Attempt>> {
+        let Stage::Body {
+            decoder,
+            persistent,
+        } = &mut self.stage
+        else {
+            return Poll::Ready(None);
+        };
+        if !decoder.is_done() {
+            // The service is asked for no more than the visitor takes.
+            if ready!(self.exchange.poll_capacity(cx)).is_err() {
+                return Poll::Ready(Some(Attempt::Ended));
+            }
+        }
+        match decoder.decode(connection.input()) {
+            Ok(Piece::Data(data)) => {
+                let sent = self.exchange.send(data);
+                Poll::Ready(sent.is_err().then_some(Attempt::Ended))
+            }
+            Ok(Piece::End(trailers)) => {
+                self.exchange.finish(trailers);
+                let reusable =
+                    *persistent && upload.is_complete() && connection.received().is_empty();
+                Poll::Ready(Some(Attempt::Answered { reusable }))
+            }
+            Ok(Piece::Partial) => match connection.poll_fill(cx) {
+                Poll::Ready(Ok(1..)) => Poll::Ready(None),
+                Poll::Ready(Ok(_)) if decoder.close() => Poll::Ready(None),
+                Poll::Ready(_) => {
+                    debug!(exchange = ?self.exchange, "the local service broke its answer off");
+                    self.exchange.fail(Reason::UpstreamError);
+                    Poll::Ready(Some(Attempt::Ended))
+                }
+                Poll::Pending => {
+                    let cancelled = self.exchange.poll_reset(cx);
+                    cancelled.map(|_| Some(Attempt::Ended))
+                }
+            },
+            Err(error) => {
+                debug!(exchange = ?self.exchange, %error, "the local service broke its answer off");
+                self.exchange.fail(Reason::UpstreamError);
+                Poll::Ready(Some(Attempt::Ended))
+            }
         }
     }
-}
 
-/// What may be sent again after the connection broke. `traffic` is what it had carried before
-/// and after.
-fn again(
-    mut error: TrySendError<Request<RequestBody>>,
-    head: &RequestHead,
-    bodiless: bool,
-    (before, after): ((u64, u64), (u64, u64)),
-) -> Option<Again> {
-    if let Some(request) = error.take_message() {
-        return Some(Again::Same(Box::new(request)));
+    /// The connection has ended while the answer's head was awaited.
+    fn broke(&self, outcome: io::Result<usize>) -> Attempt {
+        if !self.answered {
+            debug!(exchange = ?self.exchange, ?outcome, "the local service broke the connection");
+            return Attempt::Broken {
+                written: self.written,
+            };
+        }
+        self.fail("the connection broke in the middle of the head")
     }
-    debug!(error = %error.error(), "the local service broke the connection");
-    let answered = before.0 != after.0;
-    let written = before.1 != after.1;
-    (bodiless && !answered && (!written || is_idempotent(&head.method))).then_some(Again::Rebuilt)
-}
 
-/// RFC 9110, section 9.2.2.
-fn is_idempotent(method: &[u8]) -> bool {
-    matches!(
-        method,
-        b"GET" | b"HEAD" | b"OPTIONS" | b"TRACE" | b"PUT" | b"DELETE"
-    )
+    /// The service's answer isn't one.
+    fn fail(&self, why: impl std::fmt::Display) -> Attempt {
+        debug!(exchange = ?self.exchange, %why, "the local service's answer can't be understood");
+        self.exchange.abort(Reason::UpstreamError);
+        Attempt::Ended
+    }
 }

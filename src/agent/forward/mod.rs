@@ -5,6 +5,7 @@
 //! A worker whose exchange is done takes the next one that waits, else it lies down on top of a
 //! stack: the one that lay down last is called first, and those below grow old and leave.
 
+mod connection;
 mod exchange;
 mod request;
 mod service;
@@ -23,7 +24,7 @@ use crate::head::RequestHead;
 use crate::link::Exchange;
 use crate::mux::Reason;
 
-use exchange::Connection;
+use connection::Connection;
 
 pub(super) use service::Service;
 pub use service::ServiceError;

@@ -1,207 +1,203 @@
-//! An exchange's request as hyper sends it.
+//! An exchange's request, on its way to the service.
 
-use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
-use http::uri::InvalidUri;
-use http::{HeaderMap, HeaderValue, Method, Request, Uri};
-use http_body::{Body, Frame, SizeHint};
 use thiserror::Error;
 
-use crate::head::{Lines, RequestHead, ResponseHead};
-use crate::headers::{Direction, InvalidLines, forward_response, to_header_map, to_trailer_map};
+use crate::head::RequestHead;
+use crate::headers::{Direction, InvalidLines, LineFacts, is_target, is_token, sendable};
+use crate::http1::{
+    Outgoing, write_chunk_head, write_last_chunk, write_length, write_line, write_request_line,
+};
 use crate::link::Exchange;
 use crate::mux::{Read, Reason};
 
-use super::Deadline;
 use super::service::Service;
 
 /// A head that can't be sent. The server has checked it, so this is a server that isn't ours.
 #[derive(Debug, Error)]
 pub(super) enum InvalidRequest {
-    #[error("the method is invalid")]
-    Method(#[from] http::method::InvalidMethod),
-    #[error("the target is invalid: {0}")]
-    Target(#[from] InvalidUri),
+    #[error("the request line is invalid")]
+    Line,
     #[error("{0}")]
     Lines(#[from] InvalidLines),
     #[error("a length is declared for a body that isn't there")]
     Length,
 }
 
-/// Makes the request. What has already come of its body is taken with it.
-pub(super) fn build(
-    service: &Service,
-    exchange: &Exchange,
-    head: &RequestHead,
-    body: RequestBody,
-) -> Result<Request<RequestBody>, InvalidRequest> {
-    let mut headers = to_header_map(&head.lines, Direction::Request)?;
-    match &service.host {
-        Some(host) => {
-            headers.insert(HOST, host.clone());
-        }
-        // HTTP/1.0 knows requests without it, HTTP/1.1 doesn't (RFC 9112, section 3.2).
-        None if !headers.contains_key(HOST) => {
-            headers.insert(HOST, service.own_host.clone());
-        }
-        None => {}
-    }
-    frame_body(&mut headers, &body)?;
-    let mut request = Request::new(body);
-    *request.method_mut() = Method::from_bytes(&head.method)?;
-    *request.uri_mut() = Uri::from_maybe_shared(head.target.clone())?;
-    *request.headers_mut() = headers;
-
-    let interim = exchange.clone();
-    hyper::ext::on_informational(&mut request, move |answer| {
-        if let Ok(lines) = forward_response(answer.headers()) {
-            interim.interim(ResponseHead {
-                status: answer.status().as_u16(),
-                lines,
-            });
-        }
-    });
-    Ok(request)
+/// Why a request can't be sent to its end.
+#[derive(Debug, Error)]
+pub(super) enum Broken {
+    #[error("the visitor's body broke off: {0}")]
+    Visitor(Reason),
+    #[error("the visitor's body hasn't the length that its head declares")]
+    Length,
 }
 
-/// Makes the lines say what the body is. hyper alone would send none with a GET.
-fn frame_body(headers: &mut HeaderMap, body: &RequestBody) -> Result<(), InvalidRequest> {
-    let length = headers.get(CONTENT_LENGTH);
-    if !body.is_end_stream() {
-        if length.is_none() {
-            headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-        }
-        return Ok(());
-    }
-    // The service would take the next request for the body.
-    let nothing = |length: &HeaderValue| length.as_bytes().iter().all(|digit| *digit == b'0');
-    if length.is_some_and(|length| !nothing(length)) {
-        return Err(InvalidRequest::Length);
-    }
-    Ok(())
-}
-
-/// Whether the visitor sends his body only when the service says so, or after a while of his own.
-pub(super) fn expects_continue(head: &RequestHead) -> bool {
-    head.lines.iter().any(|(name, value)| {
-        name.eq_ignore_ascii_case(b"expect") && value.eq_ignore_ascii_case(b"100-continue")
-    })
-}
-
-/// Streams the visitor's body to the service; reading it returns credit to the visitor.
-pub(super) struct RequestBody {
-    /// `None` for a request without a body, or once all of it has been read.
-    exchange: Option<Exchange>,
-    /// What was read to find out whether there is a body.
-    first: Option<First>,
-    /// The service's time doesn't run while the visitor's body is awaited,
-    deadline: Option<Arc<Deadline>>,
-    /// unless he waits for the service's word to send it.
+/// What is left to be sent of a request: bytes that wait for the service to take them, and the
+/// visitor's body, which is asked for only when few are left. Reading it returns credit to the
+/// visitor.
+#[derive(Debug)]
+pub(super) struct Upload {
+    out: Outgoing,
+    body: Body,
+    /// There is, or was, a body; such a request isn't sent twice.
+    has_body: bool,
+    /// The visitor holds his body back until he is told to go on.
     awaits_go_ahead: bool,
 }
 
-enum First {
-    Data(Bytes),
-    Trailers(Lines),
+/// What is still to come of a body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Body {
+    Complete,
+    Chunked,
+    /// So many bytes.
+    Length(u64),
 }
 
-/// The visitor's body broke off: the service must not take what it got for a whole one.
-#[derive(Debug, Error)]
-#[error("the request's body broke off: {0}")]
-pub(super) struct Broken(Reason);
-
-impl RequestBody {
-    /// The body of a new exchange. While it is awaited from the visitor, `deadline` is held,
-    /// unless he awaits the service's word to send it.
+impl Upload {
+    /// The request of a new exchange. What has already come of its body is taken with it.
     pub(super) fn new(
+        service: &Service,
         exchange: &Exchange,
-        deadline: &Arc<Deadline>,
-        awaits_go_ahead: bool,
+        head: &RequestHead,
         cx: &mut Context<'_>,
-    ) -> Self {
-        let (exchange, first) = match exchange.poll_read(cx) {
-            Poll::Ready(Read::End(None)) => (None, None),
-            Poll::Ready(Read::End(Some(lines))) => (None, Some(First::Trailers(lines))),
-            Poll::Ready(Read::Data(data)) => (Some(exchange.clone()), Some(First::Data(data))),
+    ) -> Result<Self, InvalidRequest> {
+        let first = match exchange.poll_read(cx) {
+            Poll::Ready(Read::End(None)) => return Self::bodiless(service, head),
             // A reset is found again by the next read.
-            Poll::Ready(Read::Reset(_) | Read::Pending) | Poll::Pending => {
-                (Some(exchange.clone()), None)
+            Poll::Ready(Read::Reset(_) | Read::Pending) | Poll::Pending => None,
+            Poll::Ready(read) => Some(read),
+        };
+        let (mut out, facts) = start(service, head)?;
+        let body = match facts.length {
+            Some(length) => {
+                write_length(out.text(), length);
+                Body::Length(length)
+            }
+            None => {
+                write_line(out.text(), b"transfer-encoding", b"chunked");
+                Body::Chunked
             }
         };
-        Self {
-            deadline: exchange.is_some().then(|| deadline.clone()),
-            awaits_go_ahead: awaits_go_ahead && first.is_none(),
-            exchange,
-            first,
+        out.text().extend_from_slice(b"\r\n");
+        let mut upload = Self {
+            out,
+            body,
+            has_body: true,
+            awaits_go_ahead: facts.expects_continue && first.is_none(),
+        };
+        if let Some(read) = first {
+            upload.take(read).map_err(|_| InvalidRequest::Length)?;
         }
+        Ok(upload)
     }
 
-    /// No body.
-    pub(super) fn none() -> Self {
-        Self {
-            exchange: None,
-            first: None,
-            deadline: None,
-            awaits_go_ahead: false,
-        }
-    }
-
-    fn hold_deadline(&self, held: bool) {
-        if let Some(deadline) = &self.deadline {
-            deadline.hold(held);
-        }
-    }
-}
-
-impl Body for RequestBody {
-    type Data = Bytes;
-    type Error = Broken;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        match self.first.take() {
-            Some(First::Data(data)) => return Poll::Ready(Some(Ok(Frame::data(data)))),
-            Some(First::Trailers(lines)) => return Poll::Ready(trailers(&lines)),
+    /// A request without a body.
+    pub(super) fn bodiless(service: &Service, head: &RequestHead) -> Result<Self, InvalidRequest> {
+        let (mut out, facts) = start(service, head)?;
+        match facts.length {
+            // The service would take the next request for the body.
+            Some(1..) => return Err(InvalidRequest::Length),
+            Some(0) => write_length(out.text(), 0),
             None => {}
         }
-        let Some(exchange) = &self.exchange else {
-            return Poll::Ready(None);
-        };
-        let read = exchange.poll_read(cx);
-        self.awaits_go_ahead &= read.is_pending();
-        self.hold_deadline(read.is_pending() && !self.awaits_go_ahead);
-        match read {
-            Poll::Ready(Read::Data(data)) => Poll::Ready(Some(Ok(Frame::data(data)))),
-            Poll::Ready(Read::End(lines)) => {
-                self.exchange = None;
-                Poll::Ready(lines.and_then(|lines| trailers(&lines)))
+        out.text().extend_from_slice(b"\r\n");
+        Ok(Self {
+            out,
+            body: Body::Complete,
+            has_body: false,
+            awaits_go_ahead: false,
+        })
+    }
+
+    /// Whether there is, or was, a body.
+    pub(super) fn has_body(&self) -> bool {
+        self.has_body
+    }
+
+    /// Whether all of it has been taken by the service.
+    pub(super) fn is_complete(&self) -> bool {
+        self.body == Body::Complete && self.out.is_empty()
+    }
+
+    /// What waits for the service to take it.
+    pub(super) fn waiting(&mut self) -> &mut Outgoing {
+        &mut self.out
+    }
+
+    /// Whether the service is to say that it wants the body.
+    pub(super) fn awaits_go_ahead(&self) -> bool {
+        self.awaits_go_ahead
+    }
+
+    /// The service wants the body.
+    pub(super) fn go_ahead(&mut self) {
+        self.awaits_go_ahead = false;
+    }
+
+    /// Takes the next piece of the body. Pending too when there is none to come.
+    pub(super) fn poll_next(
+        &mut self,
+        exchange: &Exchange,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), Broken>> {
+        if self.body == Body::Complete {
+            return Poll::Pending;
+        }
+        let read = std::task::ready!(exchange.poll_read(cx));
+        self.awaits_go_ahead = false;
+        Poll::Ready(self.take(read))
+    }
+
+    fn take(&mut self, read: Read) -> Result<(), Broken> {
+        match (read, self.body) {
+            (Read::Data(piece), Body::Length(left)) => {
+                let left = left.checked_sub(piece.len() as u64).ok_or(Broken::Length)?;
+                self.body = Body::Length(left);
+                self.out.push(piece);
             }
-            Poll::Ready(Read::Reset(reason)) => Poll::Ready(Some(Err(Broken(reason)))),
-            Poll::Ready(Read::Pending) | Poll::Pending => Poll::Pending,
+            (Read::Data(piece), _) => {
+                write_chunk_head(self.out.text(), piece.len());
+                self.out.push(piece);
+                self.out.text().extend_from_slice(b"\r\n");
+            }
+            (Read::End(trailers), Body::Chunked) => {
+                write_last_chunk(self.out.text(), trailers.as_ref());
+                self.body = Body::Complete;
+            }
+            (Read::End(_), Body::Length(1..)) => return Err(Broken::Length),
+            (Read::End(_), _) => self.body = Body::Complete,
+            (Read::Reset(reason), _) => return Err(Broken::Visitor(reason)),
+            (Read::Pending, _) => {}
         }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.exchange.is_none() && self.first.is_none()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        if self.is_end_stream() {
-            SizeHint::with_exact(0)
-        } else {
-            SizeHint::default()
-        }
+        Ok(())
     }
 }
 
-/// Trailers that can't be sent are left out, which is allowed (RFC 9110, section 6.5.1).
-fn trailers(lines: &Lines) -> Option<Result<Frame<Bytes>, Broken>> {
-    let trailers = to_trailer_map(lines).ok()?;
-    (!trailers.is_empty()).then(|| Ok(Frame::trailers(trailers)))
+/// The request line and the header lines, without those that frame the body.
+fn start(service: &Service, head: &RequestHead) -> Result<(Outgoing, LineFacts), InvalidRequest> {
+    if !is_token(&head.method) || !is_target(&head.target) {
+        return Err(InvalidRequest::Line);
+    }
+    let mut out = Outgoing::default();
+    let text = out.text();
+    text.reserve(head.size() + ROOM);
+    write_request_line(text, &head.method, &head.target);
+    let facts = sendable(&head.lines, Direction::Request, |name, value| {
+        match (&service.host, name.eq_ignore_ascii_case(b"host")) {
+            (Some(host), true) => write_line(text, name, host.as_bytes()),
+            _ => write_line(text, name, value),
+        }
+    })?;
+    if !facts.has_host {
+        // HTTP/1.0 knows requests without it, HTTP/1.1 doesn't (RFC 9112, section 3.2).
+        let host = service.host.as_ref().unwrap_or(&service.own_host);
+        write_line(text, b"host", host.as_bytes());
+    }
+    Ok((out, facts))
 }
+
+/// Room for what is added to a head.
+const ROOM: usize = 128;

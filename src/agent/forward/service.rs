@@ -2,10 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::HeaderValue;
@@ -15,10 +12,10 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use tokio_util::either::Either;
 use tracing::warn;
 
 use crate::config::{HostHeader, HostPort, LocalConfig, LocalTls, Scheme, ServiceUrl};
@@ -101,15 +98,11 @@ impl Service {
     async fn connect_untimed(&self) -> io::Result<ServiceStream> {
         let tcp = net::dial::connect(&self.address.host, self.address.port).await?;
         tcp.set_nodelay(true)?;
-        let io = match &self.tls {
-            None => Io::Plain(tcp),
+        Ok(match &self.tls {
+            None => Either::Left(tcp),
             Some((connector, name)) => {
-                Io::Tls(Box::new(connector.connect(name.clone(), tcp).await?))
+                Either::Right(Box::new(connector.connect(name.clone(), tcp).await?))
             }
-        };
-        Ok(ServiceStream {
-            io,
-            traffic: Arc::default(),
         })
     }
 }
@@ -218,117 +211,5 @@ impl ServerCertVerifier for TakeAny {
     }
 }
 
-/// A connection to the service that counts its bytes.
-pub(super) struct ServiceStream {
-    io: Io,
-    traffic: Arc<Traffic>,
-}
-
-/// The bytes a connection has carried. Whether a request may be sent again depends on them.
-///
-/// Relaxed throughout: the connection and whoever asks are one task.
-#[derive(Debug, Default)]
-pub(super) struct Traffic {
-    read: AtomicU64,
-    written: AtomicU64,
-}
-
-impl Traffic {
-    /// Bytes read and written.
-    pub(super) fn now(&self) -> (u64, u64) {
-        (
-            self.read.load(Ordering::Relaxed),
-            self.written.load(Ordering::Relaxed),
-        )
-    }
-
-    fn note(counter: &AtomicU64, bytes: usize) {
-        // One task writes: no read-modify-write needed.
-        counter.store(
-            counter.load(Ordering::Relaxed).wrapping_add(bytes as u64),
-            Ordering::Relaxed,
-        );
-    }
-}
-
-enum Io {
-    Plain(TcpStream),
-    /// Boxed: ten times the size of the other.
-    Tls(Box<TlsStream<TcpStream>>),
-}
-
-impl ServiceStream {
-    pub(super) fn traffic(&self) -> Arc<Traffic> {
-        self.traffic.clone()
-    }
-
-    fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(Ok(bytes)) = result {
-            Traffic::note(&self.traffic.written, bytes);
-        }
-        result
-    }
-}
-
-impl AsyncRead for ServiceStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let result = match &mut self.io {
-            Io::Plain(io) => Pin::new(io).poll_read(cx, buffer),
-            Io::Tls(io) => Pin::new(io).poll_read(cx, buffer),
-        };
-        Traffic::note(&self.traffic.read, buffer.filled().len() - before);
-        result
-    }
-}
-
-impl AsyncWrite for ServiceStream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let result = match &mut self.io {
-            Io::Plain(io) => Pin::new(io).poll_write(cx, buffer),
-            Io::Tls(io) => Pin::new(io).poll_write(cx, buffer),
-        };
-        self.wrote(result)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffers: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let result = match &mut self.io {
-            Io::Plain(io) => Pin::new(io).poll_write_vectored(cx, buffers),
-            Io::Tls(io) => Pin::new(io).poll_write_vectored(cx, buffers),
-        };
-        self.wrote(result)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        match &self.io {
-            Io::Plain(io) => io.is_write_vectored(),
-            Io::Tls(io) => io.is_write_vectored(),
-        }
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.io {
-            Io::Plain(io) => Pin::new(io).poll_flush(cx),
-            Io::Tls(io) => Pin::new(io).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.io {
-            Io::Plain(io) => Pin::new(io).poll_shutdown(cx),
-            Io::Tls(io) => Pin::new(io).poll_shutdown(cx),
-        }
-    }
-}
+/// A connection to the service. The one over TLS is boxed: it is ten times the size of the other.
+pub(super) type ServiceStream = Either<TcpStream, Box<TlsStream<TcpStream>>>;

@@ -1,0 +1,106 @@
+//! A connection to the service, and what has come over it.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::AsyncWrite;
+use tokio_util::io::poll_read_buf;
+
+use super::service::ServiceStream;
+use crate::http1::Outgoing;
+
+/// How much is asked for at once to begin with: more than most answers.
+const SMALL_READ: usize = 8 * 1024;
+
+/// How much is asked for at once when the service has filled all that was asked for before.
+const LARGE_READ: usize = 64 * 1024;
+
+/// A connection to the service. It does nothing unless it is polled.
+pub(super) struct Connection {
+    stream: ServiceStream,
+    /// What has come and wasn't used yet.
+    input: BytesMut,
+    /// How much to ask for next.
+    read_size: usize,
+}
+
+impl Connection {
+    pub(super) fn new(stream: ServiceStream) -> Self {
+        Self {
+            stream,
+            input: BytesMut::new(),
+            read_size: SMALL_READ,
+        }
+    }
+
+    /// What has come and wasn't used yet.
+    pub(super) fn received(&self) -> &[u8] {
+        &self.input
+    }
+
+    /// The same, to be taken.
+    pub(super) fn input(&mut self) -> &mut BytesMut {
+        &mut self.input
+    }
+
+    /// Waits for more to come; 0 at the end of the connection.
+    pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if self.room() < self.read_size / 4 {
+            // Free if nothing of the buffer is in use any more.
+            self.input.reserve(self.read_size);
+        }
+        let read = ready!(poll_read_buf(
+            Pin::new(&mut self.stream),
+            cx,
+            &mut self.input
+        ))?;
+        if self.room() == 0 {
+            self.read_size = LARGE_READ;
+        } else if read < SMALL_READ {
+            self.read_size = SMALL_READ;
+        }
+        Poll::Ready(Ok(read))
+    }
+
+    fn room(&self) -> usize {
+        self.input.capacity() - self.input.len()
+    }
+
+    /// Writes as much as the service takes.
+    pub(super) fn poll_write(
+        &mut self,
+        out: &mut Outgoing,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        let stream = Pin::new(&mut self.stream);
+        match ready!(out.with_slices(|slices| stream.poll_write_vectored(cx, slices)))? {
+            0 => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+            written => {
+                out.advance(written);
+                Poll::Ready(Ok(()))
+            }
+        }
+    }
+
+    /// Sends on what was written and waits in a layer of encryption.
+    pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    /// Waits for the service to close the connection, while nothing is asked of it. Whatever it
+    /// sends then is no answer to anything: it counts as closing.
+    pub(super) fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.input.capacity() > SMALL_READ {
+            // What a large answer has grown, an idle connection doesn't keep.
+            self.input = BytesMut::new();
+        }
+        self.poll_fill(cx).map(|_| ())
+    }
+
+    /// So much of what has come is used.
+    pub(super) fn consume(&mut self, bytes: usize) {
+        self.input.advance(bytes);
+    }
+}
