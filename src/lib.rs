@@ -22,7 +22,7 @@
 //! | 5 shell | [`cli`]: one file a subcommand |
 //! | 4 roles | [`server`] (registry, workers, ingress, admin), [`agent`] (reconnect, forward) |
 //! | 3 link | [`link`]: a session behind a short lock, and the tasks that wait for it |
-//! | 2 edges | [`config`], [`wire`] (Protocol Buffers), [`net`] (sockets, the acceptor), [`metrics`], [`telemetry`] |
+//! | 2 edges | [`config`], [`wire`] (Protocol Buffers), [`net`] (sockets, TLS, the acceptor), [`metrics`], [`telemetry`] |
 //! | 1 cores, no I/O, no clock | [`mux`] (the protocol), [`http1`] (HTTP/1 as values), [`ports`] (who has which port), [`auth`] |
 //! | 0 words | [`id`], [`head`], [`headers`], [`cors`], [`backoff`] |
 //!
@@ -63,8 +63,8 @@
 //! # The life of a tunnel
 //! ```text
 //!   agent                                    server
-//!     │ TCP, HTTP/2, Connect ─────────────────► │ within grpc.handshake_timeout:
-//!     │ Hello (id, credential, last port) ────► │ check version, id, credential; join
+//!     │ TCP, TLS if set, HTTP/2, Connect ─────► │ within grpc.handshake_timeout:
+//!     │ Hello (id, credential, last port) ────► │ check version, id, credential or certificate; join
 //!     │ ◄───────────── Welcome (port, limits)   │ or Rejection (why, retry after)
 //!     │ ◄════════ frames, both ways ══════════► │ a heartbeat every 10 s, dead after 30 s
 //!     │ ◄──────────────────────────── Drain ──► │ no new exchanges, those under way go on

@@ -134,7 +134,7 @@ grpc:
 fn variables_are_checked_as_the_file_is() {
     for (name, value, said) in [
         ("SILO_HTTP_PROT", "1", "SILO_HTTP_PORT"),
-        ("SILO_GRPC_TLS_ENABLED", "true", "not built yet"),
+        ("SILO_GRPC_TLS_ENABLED", "true", "grpc.tls.cert_file"),
         ("SILO_SERVER_GRACE", "5", "SILO_SERVER_GRACE"),
         // Others could read who is connected: both ways out are named.
         ("SILO_HTTP_HOST", "0.0.0.0", "http.admin_api_key"),

@@ -11,6 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use silo_proxy::auth::ClientAuth;
 use silo_proxy::config::{
     AgentConfig, ConfigError, Fault, FaultKind, HostHeader, Kind, LogOutput, Place, Preset, Role,
     ServerConfig, Sources, environment_name, example, markdown, table,
@@ -218,9 +219,8 @@ fn every_setting_has_a_variable() {
         // Every setting at its default, or its example, through the environment.
         let variables: Vec<(String, String)> = table(role)
             .iter()
-            .filter(|setting| setting.kind != Kind::NotBuilt)
-            .filter(|setting| setting.kind != Kind::Certificates)
-            .filter(|setting| setting.path != "local.tls.server_name")
+            .filter(|setting| !matches!(setting.kind, Kind::Certificates | Kind::FileName))
+            .filter(|setting| !setting.path.ends_with(".tls.server_name"))
             .map(|setting| {
                 let text = match setting.preset {
                     Preset::Value(text) | Preset::Required(text) => text.to_owned(),
@@ -281,25 +281,6 @@ fn unknown_keys_are_told_all_at_once_with_the_nearest() {
         fault(server_from(&[("SILO_HTTP_PROT", "1")])),
         "SILO_HTTP_PROT: no such setting; did you mean SILO_HTTP_PORT?"
     );
-}
-
-#[test]
-fn settings_of_later_versions_are_refused() {
-    let found = faults(server("grpc:\n  tls:\n    enabled: false\n"));
-    assert_eq!(found.len(), 1, "{found:#?}");
-    assert_eq!(found[0].kind, FaultKind::NotBuilt);
-    assert!(
-        fault(server_from(&[("SILO_GRPC_TLS_CERT_FILE", "x")]))
-            .starts_with("SILO_GRPC_TLS_CERT_FILE: grpc.tls is not built yet")
-    );
-    assert!(
-        fault(agent(
-            "grpc: {tls: {enabled: true}}\nlocal: {service_url: 'http://a'}\n"
-        ))
-        .starts_with("silo.yaml:1:8: grpc.tls: not built yet")
-    );
-    let flag = Sources::none().flag("grpc.tls", "--tls", "x");
-    assert!(fault(ServerConfig::load(&flag)).starts_with("--tls: grpc.tls is not built yet"));
 }
 
 #[test]
@@ -638,6 +619,77 @@ fn tls_to_a_service_is_for_https() {
 }
 
 #[test]
+fn tls_of_a_server_is_complete_or_off() {
+    let files = Files::new(
+        "grpc:\n  tls: {enabled: true, cert_file: s.pem, key_file: /k, ca_file: ca.pem, \
+         client_auth: require}\n",
+    );
+    let config = ServerConfig::load(&files.sources()).unwrap();
+    let tls = config.grpc.tls.unwrap();
+    // Relative to the file of settings; nothing is opened yet.
+    assert_eq!(tls.cert_file, files.path("s.pem"));
+    assert_eq!(tls.key_file, PathBuf::from("/k"));
+    assert_eq!(tls.ca_file, Some(files.path("ca.pem")));
+    assert_eq!(config.grpc.auth.certificates, ClientAuth::Require);
+    assert!(!config.grpc.auth.is_open());
+
+    let told = |yaml: &str| -> Vec<String> {
+        let found = faults(server(&format!("grpc: {{tls: {{{yaml}}}}}")));
+        assert!(found.iter().all(|f| f.kind == FaultKind::Contradiction));
+        found.iter().map(Fault::to_string).collect()
+    };
+    let missing = told("enabled: true");
+    assert_eq!(missing.len(), 2, "{missing:#?}");
+    assert!(missing[0].contains("grpc.tls.cert_file must be set"));
+    assert!(missing[1].contains("grpc.tls.key_file must be set"));
+    let own = "enabled: true, cert_file: c, key_file: k";
+    for client_auth in ["request", "require"] {
+        let found = told(&format!("{own}, client_auth: {client_auth}"));
+        assert!(
+            found[0].contains("grpc.tls.ca_file must be too"),
+            "{found:?}"
+        );
+    }
+    assert!(told(&format!("{own}, ca_file: a"))[0].contains("no agent is asked"));
+    // Nobody shall believe a tunnel to be encrypted that isn't.
+    let off = told("cert_file: c, key_file: k, ca_file: a, client_auth: require");
+    assert_eq!(off.len(), 4, "{off:#?}");
+    assert!(
+        off.iter()
+            .all(|line| line.contains("grpc.tls.enabled is false"))
+    );
+    assert!(
+        fault(server("grpc: {tls: {client_auth: maybe}}")).contains("none, request or require")
+    );
+}
+
+#[test]
+fn tls_of_an_agent_is_complete_or_off() {
+    let tls = |yaml: &str| {
+        let yaml = format!("grpc: {{tls: {{{yaml}}}}}\nlocal: {{service_url: 'http://a'}}\n");
+        agent(&yaml)
+    };
+    let plain = tls("enabled: true").unwrap().grpc.tls.unwrap();
+    assert_eq!((plain.ca_file, plain.identity), (None, None));
+    assert_eq!(plain.server_name, "a", "the host of grpc.server_address");
+    let full = "enabled: true, ca_file: ca, cert_file: c, key_file: k, server_name: b.c";
+    let full = tls(full).unwrap().grpc.tls.unwrap();
+    assert!(full.ca_file.unwrap().ends_with("ca"));
+    assert!(full.identity.unwrap().1.ends_with("k"));
+    assert_eq!(full.server_name, "b.c");
+    assert!(tls("enabled: false").unwrap().grpc.tls.is_none());
+
+    assert!(fault(tls("enabled: true, cert_file: c")).contains("grpc.tls.key_file must be too"));
+    assert!(fault(tls("enabled: true, key_file: k")).contains("grpc.tls.cert_file must be too"));
+    for off in ["ca_file: a", "server_name: b", "enabled: false, ca_file: a"] {
+        assert!(
+            fault(tls(off)).contains("grpc.tls.enabled is false"),
+            "{off}"
+        );
+    }
+}
+
+#[test]
 fn secrets_come_from_files_too() {
     let files = Files::new(
         "http: {admin_api_key_file: key}\ngrpc:\n  auth: {shared_token_file: shared, tokens_file: tokens}\n",
@@ -795,12 +847,17 @@ fn the_examples_hold_when_they_are_uncommented() {
         "#tokens_file",
         "#token_file",
     ];
-    let config = server(&uncommented(Role::Server, &files)).unwrap();
+    let with_tls = |yaml: String| {
+        yaml.replace("enabled: false", "enabled: true")
+            .replace("client_auth: none", "client_auth: require")
+    };
+    let config = server(&with_tls(uncommented(Role::Server, &files))).unwrap();
+    assert!(config.grpc.tls.is_some());
     assert_eq!(config.http.static_ports[&id("agent-2")], 9000);
     assert_eq!(config.grpc.auth.tokens.len(), 2);
     assert_eq!(config.http.agent_host.to_string(), "::");
 
-    let yaml = uncommented(Role::Agent, &files).replace("http://127", "https://127");
+    let yaml = with_tls(uncommented(Role::Agent, &files)).replace("http://127", "https://127");
     let files = Files::new(&yaml).with("ca.pem", "-----BEGIN CERTIFICATE-----\n");
     let config = AgentConfig::load(&files.sources()).unwrap();
     assert!(config.local.tls.ca_file.is_some());

@@ -21,7 +21,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::future::{Either, select};
 use thiserror::Error;
@@ -30,6 +30,7 @@ use tracing::{error, info, warn};
 
 use crate::config::AgentConfig;
 use crate::id::{AgentId, Generation};
+use crate::net::tls::{AgentTls, Failed, Refused, TlsFault};
 use crate::wire::RejectionReason;
 
 use forward::{Forwarder, Service};
@@ -52,6 +53,8 @@ struct Shared {
     /// The server's address as tonic wants it.
     origin: http::Uri,
     service: Arc<Service>,
+    /// TLS to the server, if it has any.
+    tls: Option<AgentTls>,
 }
 
 /// Why an agent can't be made of its settings.
@@ -63,6 +66,9 @@ pub enum AgentError {
     /// The local service can't be reached as the settings say.
     #[error(transparent)]
     Service(#[from] ServiceError),
+    /// The files of `grpc.tls` can't be used.
+    #[error(transparent)]
+    Tls(#[from] TlsFault),
     /// The operating system gave no random bytes.
     #[error("no random bytes: {0}")]
     Random(getrandom::Error),
@@ -99,13 +105,20 @@ pub enum Event {
 }
 
 impl Agent {
-    /// Prepares an agent: reads the certificates that `local.tls` needs, connects nowhere.
+    /// Prepares an agent: reads the certificates that `grpc.tls` and `local.tls` need, connects
+    /// nowhere.
     ///
     /// # Errors
     /// See [`AgentError`]; all of them are faults of the settings or of the host.
     pub fn new(config: AgentConfig) -> Result<Self, AgentError> {
+        let tls = config.grpc.tls.as_ref().map(AgentTls::load).transpose()?;
+        if let Some(tls) = &tls {
+            for warning in tls.warnings(SystemTime::now()) {
+                warn!("{warning}");
+            }
+        }
         let origin = http::Uri::builder()
-            .scheme("http")
+            .scheme(if tls.is_some() { "https" } else { "http" })
             .authority(config.grpc.server_address.to_string())
             .path_and_query("/")
             .build()
@@ -116,6 +129,7 @@ impl Agent {
             config,
             origin,
             service,
+            tls,
         });
         Self::with_shared(id, shared)
     }
@@ -201,7 +215,12 @@ impl Agent {
         let (reason, detail) = match ended {
             Lost::Rejected { reason, detail, .. } => (reason, detail),
             why => {
-                info!(%agent_id, %why, retry_in = %retry, "disconnected");
+                match tls_advice(&why) {
+                    Some(advice) => {
+                        error!(%agent_id, %why, retry_in = %retry, "no tunnel; {advice}");
+                    }
+                    None => info!(%agent_id, %why, retry_in = %retry, "disconnected"),
+                }
                 return self.report(Event::Disconnected { why, retry_in });
             }
         };
@@ -243,7 +262,8 @@ fn advice(reason: RejectionReason) -> Option<(bool, &'static str)> {
     match reason {
         RejectionReason::Auth => Some((
             true,
-            "set grpc.token (SILO_GRPC_TOKEN) to the token the server has for this agent's id",
+            "set grpc.token (SILO_GRPC_TOKEN) to the token the server has for this agent's id, or \
+             where it wants a certificate, grpc.tls.cert_file and key_file to one for this id",
         )),
         RejectionReason::Version => Some((
             true,
@@ -267,6 +287,36 @@ fn advice(reason: RejectionReason) -> Option<(bool, &'static str)> {
             None
         }
     }
+}
+
+/// What a person has to do about a tunnel that TLS keeps from coming about. With `None` it may come
+/// about by itself.
+fn tls_advice(lost: &Lost) -> Option<&'static str> {
+    Some(match lost {
+        Lost::ServerSpeaksTls => "set grpc.tls.enabled, and grpc.tls.ca_file to its authority",
+        Lost::Tls(Failed::NotTls) => {
+            "set grpc.tls.enabled on the server too, or check that grpc.server_address is its tunnel \
+             port"
+        }
+        Lost::Tls(Failed::Refused(refused)) => match refused {
+            Refused::Expired { .. } => {
+                "give the server a new certificate, or set this host's clock"
+            }
+            Refused::NotYetValid { .. } => "compare the clocks of both hosts",
+            Refused::UnknownIssuer { .. } => {
+                "set grpc.tls.ca_file to the authority that has signed the server's certificate"
+            }
+            Refused::WrongName { .. } => {
+                "set grpc.tls.server_name to a name in the certificate, or give the server one that \
+                 names its host"
+            }
+            Refused::Purpose(_) | Refused::Other(_) => "give the server another certificate",
+        },
+        Lost::Tls(Failed::Alert(_) | Failed::Tls(_)) => {
+            "compare grpc.tls of both sides, and the versions"
+        }
+        _ => return None,
+    })
 }
 
 /// A wait as people read it: `1.5s`.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::backoff::Backoff;
+use crate::net::tls::Failed;
 use crate::wire::RejectionReason;
 
 use super::session::Lost;
@@ -39,25 +40,28 @@ impl Reconnect {
         if lived >= SUCCESS {
             self.backoff.reset();
         }
-        let Lost::Rejected {
-            reason,
-            retry_after,
-            ..
-        } = ended
-        else {
-            return self.backoff.next((self.random)());
-        };
-        let least = match (reason, retry_after) {
-            (RejectionReason::Replaced, asked) => asked.unwrap_or_default().max(SLOW),
-            (_, Some(asked)) => *asked,
-            (
-                RejectionReason::Auth
-                | RejectionReason::Version
-                | RejectionReason::Malformed
-                | RejectionReason::Duplicate,
-                None,
-            ) => SLOW,
-            (_, None) => return self.backoff.next((self.random)()),
+        let least = match ended {
+            Lost::Rejected {
+                reason,
+                retry_after,
+                ..
+            } => match (reason, retry_after) {
+                (RejectionReason::Replaced, asked) => asked.unwrap_or_default().max(SLOW),
+                (_, Some(asked)) => *asked,
+                (
+                    RejectionReason::Auth
+                    | RejectionReason::Version
+                    | RejectionReason::Malformed
+                    | RejectionReason::Duplicate,
+                    None,
+                ) => SLOW,
+                (_, None) => return self.backoff.next((self.random)()),
+            },
+            // A connection that breaks within the handshake may hold the next time; the rest is a
+            // rejection as well, be it of one side or of the other.
+            Lost::Tls(Failed::Connection(_)) => return self.backoff.next((self.random)()),
+            Lost::Tls(_) | Lost::ServerSpeaksTls => SLOW,
+            _ => return self.backoff.next((self.random)()),
         };
         let jitter = Backoff::new(least / 4, least / 4).next((self.random)());
         least + jitter
@@ -67,6 +71,7 @@ impl Reconnect {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::tls::Refused;
 
     fn reconnect() -> Reconnect {
         Reconnect {
@@ -97,6 +102,23 @@ mod tests {
             let drawn = reconnect.after(&Lost::NoWelcome(SLOW), lived);
             assert_eq!(drawn.as_millis(), wait);
         }
+    }
+
+    #[test]
+    fn what_tls_refuses_is_a_rejection() {
+        let mut reconnect = reconnect();
+        for ended in [
+            Lost::ServerSpeaksTls,
+            Lost::Tls(Failed::NotTls),
+            Lost::Tls(Failed::Refused(Refused::Purpose("servers"))),
+            Lost::Tls(Failed::Alert(rustls::AlertDescription::UnknownCA)),
+        ] {
+            let wait = reconnect.after(&ended, Duration::ZERO);
+            assert_eq!(wait.as_millis(), 37_500, "{ended:?}");
+        }
+        let broken = Failed::Connection(std::io::ErrorKind::UnexpectedEof.into());
+        let wait = reconnect.after(&Lost::Tls(broken), Duration::ZERO);
+        assert_eq!(wait.as_millis(), 200);
     }
 
     #[test]

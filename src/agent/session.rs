@@ -7,7 +7,6 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use futures_util::Stream;
 use futures_util::future::{Either, poll_fn, select};
 use hyper_util::rt::TokioIo;
 use thiserror::Error;
@@ -20,6 +19,7 @@ use crate::id::Generation;
 use crate::link::{Ended, Link, Observer, http2};
 use crate::mux::{self, Budget, Frame, Pool};
 use crate::net;
+use crate::net::tls::{Failed, Sniffed, Stream, TLS_ALERT};
 use crate::wire::{self, AgentMessage, Hello, Rejection, RejectionReason, ServerMessage};
 
 use super::Agent;
@@ -54,6 +54,12 @@ pub enum Lost {
     /// The server can't be reached.
     #[error("can't connect to the server: {0}")]
     Connect(#[source] io::Error),
+    /// The server's end of TLS isn't what it should be; see there.
+    #[error("{0}")]
+    Tls(#[from] Failed),
+    /// The server wants TLS, and this agent has none.
+    #[error("the server speaks TLS, and this agent doesn't")]
+    ServerSpeaksTls,
     /// The server speaks no HTTP/2.
     #[error("the HTTP/2 handshake failed: {0}")]
     Handshake(#[source] http2::Error),
@@ -137,14 +143,31 @@ pub(super) async fn dial(
     };
     http2::prepare(&stream).map_err(Lost::Connect)?;
     let patience = WELCOME_TIMEOUT.min(agent.shared.config.grpc.heartbeat_timeout);
-    timeout(patience, greet(agent, stream, last_port))
+    let stream = Sniffed::new(stream);
+    let first_byte = stream.first_byte();
+    let greeted = async {
+        let stream = match &agent.shared.tls {
+            None => Stream::Left(stream),
+            Some(tls) => {
+                tls.look();
+                tls.connect(stream).await?
+            }
+        };
+        greet(agent, stream, last_port).await
+    };
+    timeout(patience, greeted)
         .await
         .unwrap_or(Err(Lost::NoWelcome(patience)))
+        .map_err(|lost| match first_byte() {
+            // An alert is the answer of TLS to what isn't TLS.
+            Some(TLS_ALERT) if agent.shared.tls.is_none() => Lost::ServerSpeaksTls,
+            _ => lost,
+        })
 }
 
 async fn greet(
     agent: &Agent,
-    stream: TcpStream,
+    stream: Stream<Sniffed<TcpStream>>,
     last_port: u16,
 ) -> Result<Session<impl Future<Output = Result<(), http2::Error>> + Send + use<>>, Lost> {
     let (service, connection) = http2::client(TokioIo::new(stream))
@@ -345,7 +368,7 @@ enum State {
     Ended,
 }
 
-impl Stream for Outbound {
+impl futures_util::Stream for Outbound {
     type Item = AgentMessage;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<AgentMessage>> {

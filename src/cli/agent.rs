@@ -35,7 +35,9 @@ enum What {
 #[command(after_help = "Examples:
   silo-proxy agent http 3000 --server proxy.example:9090 --id my-service
   silo-proxy agent http 192.168.1.7:8000 --server proxy.example:9090 --id printer
-  silo-proxy agent http https://localhost:8443 --server proxy.example:9090 --id my-service")]
+  silo-proxy agent http https://localhost:8443 --server proxy.example:9090 --id my-service
+  silo-proxy agent http 3000 --server proxy.example:9090 --id my-service --tls-ca ca.pem \\
+    --tls-cert my-service.pem --tls-key my-service.key")]
 struct HttpArgs {
     /// The service: a port of this host, HOST:PORT, or a URL such as https://localhost:8443
     #[arg(value_name = "PORT|HOST:PORT|URL")]
@@ -49,6 +51,18 @@ struct HttpArgs {
     /// File with the agent's token; without it SILO_GRPC_TOKEN is used if it is set
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// Encrypt the tunnel; the system's authorities must have signed the server's certificate
+    #[arg(long)]
+    tls: bool,
+    /// The same, with the authorities in this file
+    #[arg(long, value_name = "FILE")]
+    tls_ca: Option<PathBuf>,
+    /// File with the agent's certificate, for a server that asks for one
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// File with the certificate's key
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
 }
 
 pub(super) fn run(args: AgentArgs) -> Outcome {
@@ -88,12 +102,23 @@ impl HttpArgs {
             .flag("local.service_url", "the service", url)
             .flag("grpc.server_address", "--server", self.server)
             .flag("grpc.agent_id", "--id", self.id);
-        if let Some(file) = self.token_file {
-            sources = sources.flag(
-                "grpc.token_file",
-                "--token-file",
-                file.display().to_string(),
-            );
+        let encrypted = match (self.tls, &self.tls_ca) {
+            (true, _) => Some("--tls"),
+            (false, Some(_)) => Some("--tls-ca"),
+            (false, None) => None,
+        };
+        if let Some(flag) = encrypted {
+            sources = sources.flag("grpc.tls.enabled", flag, "true");
+        }
+        for (path, flag, file) in [
+            ("grpc.token_file", "--token-file", self.token_file),
+            ("grpc.tls.ca_file", "--tls-ca", self.tls_ca),
+            ("grpc.tls.cert_file", "--tls-cert", self.tls_cert),
+            ("grpc.tls.key_file", "--tls-key", self.tls_key),
+        ] {
+            if let Some(file) = file {
+                sources = sources.flag(path, flag, file.display().to_string());
+            }
         }
         sources
     }

@@ -103,7 +103,16 @@ pub enum AgentsError {
         /// The address that was asked.
         admin: String,
     },
-    /// Another status than 200 and 401.
+    /// The server isn't asked by that name.
+    #[error(
+        "a server without http.admin_api_key doesn't answer as {admin}: use 127.0.0.1, [::1] or \
+         localhost with its port, or set a key"
+    )]
+    Misdirected {
+        /// The address that was asked.
+        admin: String,
+    },
+    /// Another status than 200, 401 and 421.
     #[error("{admin} answers {status} to GET /agents: is this a silo-proxy's admin port?")]
     Status {
         /// The address that was asked.
@@ -268,6 +277,7 @@ async fn exchange(admin: &str, key: Option<&Secret>) -> Result<Bytes, AgentsErro
                 return Err(AgentsError::KeyMissing { admin });
             }
             StatusCode::UNAUTHORIZED => return Err(AgentsError::KeyRefused { admin }),
+            StatusCode::MISDIRECTED_REQUEST => return Err(AgentsError::Misdirected { admin }),
             status => return Err(AgentsError::Status { admin, status }),
         }
         let body = Limited::new(answer.into_body(), MAX_ANSWER_BYTES);
@@ -488,10 +498,11 @@ mod tests {
 
     use tokio::sync::oneshot;
 
+    use crate::auth::ApiKey;
     use crate::id::Generation;
     use crate::metrics::{AgentStats, Metrics};
     use crate::server::admin::{Admin, AdminState, Readiness};
-    use crate::server::directory::{Directory, Row, RowState, Snapshot};
+    use crate::server::directory::{Directory, Row, RowState};
 
     #[test]
     fn the_table_is_aligned() {
@@ -578,7 +589,7 @@ of-an-old-server  8102  -                          -            -          -    
 
     #[tokio::test]
     async fn a_servers_agents_are_fetched() {
-        let (admin, _stop) = start(Some(Secret::new("key")));
+        let (admin, _stop) = start(Some(Secret::new("key"))).await;
         let right = Secret::new("key");
         let body = fetch(&admin, Some(&right), TIMEOUT).await.unwrap();
         let list = AgentList::parse(&admin, &body).unwrap();
@@ -632,7 +643,7 @@ of-an-old-server  8102  -                          -            -          -    
     }
 
     /// An admin port with 2,000 agents, until the sender is dropped.
-    fn start(api_key: Option<Secret>) -> (String, oneshot::Sender<()>) {
+    async fn start(api_key: Option<Secret>) -> (String, oneshot::Sender<()>) {
         let directory = Directory::new();
         let rows = (0..2_000).map(|n| {
             Arc::new(Row {
@@ -648,16 +659,21 @@ of-an-old-server  8102  -                          -            -          -    
                 stats: AgentStats::new(UNIX_EPOCH),
             })
         });
-        directory.publish(Arc::new(Snapshot::new(1, rows.collect())));
+        rows.for_each(|row| directory.add(row));
+        let mut newest = directory.watch();
         let state = AdminState {
             directory,
             metrics: Metrics::new(1, UNIX_EPOCH),
             readiness: Readiness::new(),
-            api_key,
+            api_key: ApiKey::new(api_key),
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let admin = Admin::start(listener, state, async move { drop(stopped.await) }).unwrap();
+        newest
+            .wait_for(|listed| listed.rows().len() == 2_000)
+            .await
+            .unwrap();
         (admin.address().to_string(), stop)
     }
 

@@ -2,6 +2,7 @@
 
 mod agent;
 pub mod agents;
+mod certs;
 mod demo;
 mod server;
 pub mod services;
@@ -44,6 +45,7 @@ enum Command {
     Agent(agent::AgentArgs),
     Demo(demo::DemoArgs),
     Agents(agents::AgentsArgs),
+    Certs(certs::CertsArgs),
     Swarm(swarm::SwarmArgs),
 }
 
@@ -55,6 +57,7 @@ pub fn run() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Agents(args) => block_on(agents::run(&args, variable))
             .and_then(|outcome| outcome.map_err(Failure::failed)),
+        Command::Certs(args) => certs::run(args),
         Command::Swarm(args) => swarm::run(args),
     };
     let code = match outcome {

@@ -4,7 +4,7 @@ use super::{
     ConfigArg, Outcome, block_on, raise_descriptor_limit, sources, start_log, told_to_stop,
 };
 use crate::config::ServerConfig;
-use crate::server::Server;
+use crate::server::{Server, StartError};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::warn;
 
@@ -35,10 +35,19 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
         let told = told_to_stop()?;
         // Without a handler a SIGHUP would end the server, and it is what reloads other programs.
         let mut hangup = signal(SignalKind::hangup()).map_err(Failure::failed)?;
-        let server = Server::start(config).map_err(Failure::failed)?;
+        let server = Server::start(config).map_err(|error| match error {
+            StartError::Tls(fault) => Failure::usage(fault),
+            error => Failure::failed(error),
+        })?;
+        let tls = server.tls().cloned();
         tokio::spawn(async move {
             while hangup.recv().await.is_some() {
-                warn!("SIGHUP: settings can't be reloaded yet; restart the server");
+                if let Some(tls) = &tls {
+                    tls.refresh();
+                }
+                warn!(
+                    "SIGHUP: certificates are read again, but other settings can't be reloaded yet; restart the server"
+                );
             }
         });
         told.await;

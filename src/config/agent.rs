@@ -1,13 +1,14 @@
 //! What an agent is told.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::id::{AgentId, MAX_LABEL_LEN, MAX_LABELS, Secret};
 
 use super::LogConfig;
 use super::fault::ConfigError;
-use super::sources::{Reader, Sources, secret};
+use super::sources::{Reader, Sources, TLS_ENABLED, secret, tls_is_off};
 use super::table::Role;
 use super::value::{self, HostHeader, HostPort, InvalidValue, PemFile, Scheme, ServiceUrl};
 
@@ -33,9 +34,24 @@ pub struct DialConfig {
     pub agent_id: AgentId,
     /// `grpc.token`: the credential for it.
     pub token: Option<Secret>,
+    /// `grpc.tls`: TLS to the server; without it everything goes in clear.
+    pub tls: Option<DialTls>,
     /// `grpc.heartbeat_timeout`: without a byte from the server, the tunnel is dead. Counts until
     /// the welcome names the server's own value.
     pub heartbeat_timeout: Duration,
+}
+
+/// Section `grpc.tls` of an agent, if that is enabled. The files are read when it starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DialTls {
+    /// `grpc.tls.ca_file`: the only authorities that may sign the server's certificate. `None`:
+    /// the system's.
+    pub ca_file: Option<PathBuf>,
+    /// `grpc.tls.cert_file` and `grpc.tls.key_file`: this agent's certificate and its key.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// `grpc.tls.server_name`: the name the server's certificate must bear; the host of
+    /// `grpc.server_address` unless somebody set another.
+    pub server_name: String,
 }
 
 /// Section `local`.
@@ -103,10 +119,12 @@ impl AgentConfig {
     }
 
     fn read(from: &mut Reader) -> Self {
+        let server_address: HostPort = from.value("grpc.server_address", str::parse);
         Self {
             log: LogConfig::read(from),
             grpc: DialConfig {
-                server_address: from.value("grpc.server_address", str::parse),
+                tls: dial_tls(from, &server_address),
+                server_address,
                 agent_id: from.value("grpc.agent_id", value::agent_id),
                 token: from.optional("grpc.token", secret),
                 heartbeat_timeout: from.time("grpc.heartbeat_timeout"),
@@ -130,6 +148,35 @@ impl AgentConfig {
             },
         }
     }
+}
+
+/// Section `grpc.tls`.
+fn dial_tls(from: &mut Reader, server: &HostPort) -> Option<DialTls> {
+    const CERT: &str = "grpc.tls.cert_file";
+    const KEY: &str = "grpc.tls.key_file";
+    const CA: &str = "grpc.tls.ca_file";
+    const NAME: &str = "grpc.tls.server_name";
+    let enabled = from.value(TLS_ENABLED, value::flag);
+    let [ca_file, cert_file, key_file] = [CA, CERT, KEY].map(|path| from.file_name(path));
+    let server_name = from.optional(NAME, value::host);
+    if !enabled {
+        tls_is_off(from, &[CA, CERT, KEY, NAME], None);
+        return None;
+    }
+    for (set, path, missing, other) in [
+        (&cert_file, CERT, &key_file, KEY),
+        (&key_file, KEY, &cert_file, CERT),
+    ] {
+        if set.is_some() && missing.is_none() {
+            let text = format!("{path} is set, so {other} must be too: they belong together");
+            from.contradiction(&[path, other], text);
+        }
+    }
+    Some(DialTls {
+        ca_file,
+        identity: cert_file.zip(key_file),
+        server_name: server_name.unwrap_or_else(|| server.host.clone()),
+    })
 }
 
 impl LocalConfig {

@@ -19,9 +19,9 @@ mod table;
 mod value;
 mod yaml;
 
-pub use agent::{AgentConfig, AgentProcess, DialConfig, LocalConfig, LocalTls};
+pub use agent::{AgentConfig, AgentProcess, DialConfig, DialTls, LocalConfig, LocalTls};
 pub use fault::{ConfigError, Fault, FaultKind, Place};
-pub use server::{HttpConfig, ProcessConfig, ServerConfig, TunnelConfig};
+pub use server::{HttpConfig, ProcessConfig, ServerConfig, TunnelConfig, TunnelTls};
 pub use sources::Sources;
 pub use table::{Kind, Preset, Role, Setting, environment_name, example, markdown, table};
 pub use value::{Cidr, HostHeader, HostPort, InvalidValue, LogOutput, PemFile, Scheme, ServiceUrl};

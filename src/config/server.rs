@@ -6,14 +6,14 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::auth::Policy;
+use crate::auth::{ClientAuth, Policy};
 use crate::cors::{Cors, InvalidOrigin, Origin, Origins};
 use crate::headers::is_token;
 use crate::id::{AgentId, Secret};
 
 use super::LogConfig;
 use super::fault::ConfigError;
-use super::sources::{Reader, Sources, secret};
+use super::sources::{Reader, Sources, TLS_ENABLED, secret, tls_is_off};
 use super::table::Role;
 use super::value::{self, Cidr, InvalidValue, LogOutput};
 
@@ -95,8 +95,10 @@ pub struct TunnelConfig {
     pub host: IpAddr,
     /// `grpc.port`: the tunnel port; 0 lets the kernel choose.
     pub port: u16,
-    /// `grpc.auth`: who may use which id.
+    /// `grpc.auth` and `grpc.tls.client_auth`: who may use which id.
     pub auth: Policy,
+    /// `grpc.tls`: TLS on the port; without it agents come in clear.
+    pub tls: Option<TunnelTls>,
     /// `grpc.handshake_timeout`: from an agent's connection to its hello.
     pub handshake_timeout: Duration,
     /// `grpc.max_handshakes`: connections that have not shown who they are yet.
@@ -106,6 +108,17 @@ pub struct TunnelConfig {
     /// `grpc.heartbeat_timeout`: without a byte from the other side, the tunnel is dead. Longer
     /// than the interval.
     pub heartbeat_timeout: Duration,
+}
+
+/// Section `grpc.tls` of a server, if that is enabled. The files are read when it starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TunnelTls {
+    /// `grpc.tls.cert_file`: the server's certificate and those between it and the authority.
+    pub cert_file: PathBuf,
+    /// `grpc.tls.key_file`: the certificate's key.
+    pub key_file: PathBuf,
+    /// `grpc.tls.ca_file`: who may sign agents' certificates. `None`: agents are asked for none.
+    pub ca_file: Option<PathBuf>,
 }
 
 /// Section `server`.
@@ -134,6 +147,7 @@ impl ServerConfig {
     fn read(from: &mut Reader) -> Self {
         let start = from.count("http.agent_port_range.start");
         let end = from.count("http.agent_port_range.end");
+        let (tls, certificates) = tunnel_tls(from);
         Self {
             log: LogConfig::read(from),
             http: HttpConfig {
@@ -168,7 +182,9 @@ impl ServerConfig {
                 auth: Policy {
                     shared: from.optional("grpc.auth.shared_token", secret),
                     tokens: from.by_id("grpc.auth.tokens", secret),
+                    certificates,
                 },
+                tls,
                 handshake_timeout: from.time("grpc.handshake_timeout"),
                 max_handshakes: from.count("grpc.max_handshakes"),
                 heartbeat_interval: from.time("grpc.heartbeat_interval"),
@@ -265,6 +281,66 @@ impl Default for ServerConfig {
     /// The settings of a server whom nobody told anything.
     fn default() -> Self {
         Self::read(&mut Reader::new(Role::Server, &Sources::none()))
+    }
+}
+
+/// Section `grpc.tls`, and what client certificates count for.
+fn tunnel_tls(from: &mut Reader) -> (Option<TunnelTls>, ClientAuth) {
+    const CERT: &str = "grpc.tls.cert_file";
+    const KEY: &str = "grpc.tls.key_file";
+    const CA: &str = "grpc.tls.ca_file";
+    const CLIENT_AUTH: &str = "grpc.tls.client_auth";
+    let enabled = from.value(TLS_ENABLED, value::flag);
+    let client_auth = from.value(CLIENT_AUTH, client_auth);
+    let files = [CERT, KEY, CA].map(|path| from.file_name(path));
+    if !enabled {
+        let told = client_auth != ClientAuth::None;
+        tls_is_off(from, &[CERT, KEY, CA], told.then_some(CLIENT_AUTH));
+        return (None, ClientAuth::None);
+    }
+    let [cert_file, key_file, ca_file] = files;
+    for (path, file) in [(CERT, &cert_file), (KEY, &key_file)] {
+        if file.is_none() {
+            let text = format!(
+                "{TLS_ENABLED} is true, so {path} must be set: `silo-proxy certs init` makes the \
+                 files"
+            );
+            from.contradiction(&[TLS_ENABLED, path], text);
+        }
+    }
+    match (client_auth, &ca_file) {
+        (ClientAuth::None, Some(_)) => {
+            let text = format!(
+                "{CA} is set, but {CLIENT_AUTH} is none, so no agent is asked for a certificate: \
+                 set {CLIENT_AUTH} to request or require, or leave out {CA}"
+            );
+            from.contradiction(&[CA, CLIENT_AUTH], text);
+        }
+        (ClientAuth::Request | ClientAuth::Require, None) => {
+            let text = format!(
+                "{CLIENT_AUTH} is set, so {CA} must be too: it says who may sign agents' \
+                 certificates"
+            );
+            from.contradiction(&[CA, CLIENT_AUTH], text);
+        }
+        _ => {}
+    }
+    let tls = cert_file
+        .zip(key_file)
+        .map(|(cert_file, key_file)| TunnelTls {
+            cert_file,
+            key_file,
+            ca_file,
+        });
+    (tls, client_auth)
+}
+
+fn client_auth(text: &str) -> Result<ClientAuth, InvalidValue> {
+    match text {
+        "none" => Ok(ClientAuth::None),
+        "request" => Ok(ClientAuth::Request),
+        "require" => Ok(ClientAuth::Require),
+        _ => Err(InvalidValue::new("expected none, request or require")),
     }
 }
 

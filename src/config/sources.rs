@@ -149,9 +149,6 @@ impl Reader {
         for (path, flag, value) in &sources.flags {
             let place = Place::Flag((*flag).to_owned());
             match reader.meaning(path) {
-                Meaning::Setting(setting) if setting.kind == Kind::NotBuilt => {
-                    reader.not_built(setting, place);
-                }
                 Meaning::Setting(_) | Meaning::FileOf(_) => {
                     reader.put(path, Raw::Text(value.clone()), place, Source::Flag);
                 }
@@ -163,10 +160,12 @@ impl Reader {
     }
 
     /// The result, or all faults.
-    pub(super) fn finish<T>(self, value: T) -> Result<T, ConfigError> {
+    pub(super) fn finish<T>(mut self, value: T) -> Result<T, ConfigError> {
         if self.faults.is_empty() {
             Ok(value)
         } else {
+            self.faults
+                .sort_by_key(|fault| fault.kind == FaultKind::Contradiction);
             Err(ConfigError {
                 faults: self.faults,
             })
@@ -512,17 +511,6 @@ impl Reader {
         self.fault(FaultKind::Unknown { nearest }, place, path, &text);
     }
 
-    fn not_built(&mut self, setting: &Setting, place: Place) {
-        let text = match place {
-            Place::File { .. } => "not built yet: this version can't do it, so leave it out",
-            _ => &format!(
-                "{} is not built yet: this version can't do it, so leave it out",
-                setting.path
-            ),
-        };
-        self.fault(FaultKind::NotBuilt, place, setting.path, text);
-    }
-
     // The file.
 
     fn read_file(&mut self, path: &Path) {
@@ -594,9 +582,6 @@ impl Reader {
                 (Meaning::Section, _) => {
                     let text = "a section: settings stand below it, indented";
                     self.fault(FaultKind::Invalid, at, &path, text);
-                }
-                (Meaning::Setting(setting), _) if setting.kind == Kind::NotBuilt => {
-                    self.not_built(setting, at);
                 }
                 (Meaning::Setting(setting), value) => {
                     let at = place(file, entry.node.at);
@@ -676,19 +661,10 @@ impl Reader {
                 .into_iter()
                 .find(|path| environment_name(path) == name)
         };
-        let below = |setting: &&Setting| {
-            let prefix = environment_name(setting.path);
-            setting.kind == Kind::NotBuilt
-                && name
-                    .strip_prefix(&prefix)
-                    .is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
-        };
         if value.is_empty() {
             return;
         }
-        if let Some(setting) = table(self.role).iter().find(below) {
-            self.not_built(setting, place);
-        } else if let Some(path) = of(self.role) {
+        if let Some(path) = of(self.role) {
             match value.to_str() {
                 Some(value) => {
                     self.put(
@@ -706,11 +682,7 @@ impl Reader {
                     }
                 }
             }
-        } else if of(self.role.other()).is_none()
-            && !table(self.role.other())
-                .iter()
-                .any(|setting| below(&setting))
-        {
+        } else if of(self.role.other()).is_none() {
             let names = keys(self.role).into_iter();
             let nearest = nearest(&name, names.map(|path| environment_name(&path)).collect());
             let text = match &nearest {
@@ -799,6 +771,22 @@ pub(super) fn secret(text: &str) -> Result<Secret, InvalidValue> {
     }
 }
 
+/// The switch of both roles' section `grpc.tls`.
+pub(super) const TLS_ENABLED: &str = "grpc.tls.enabled";
+
+/// Reports settings that would be ignored because the tunnel has no TLS: those of `paths` that
+/// somebody set, and `more`. Nobody shall believe a tunnel to be encrypted that isn't.
+pub(super) fn tls_is_off(from: &mut Reader, paths: &[&'static str], more: Option<&'static str>) {
+    let told = paths.iter().copied().filter(|path| from.is_set(path));
+    let told: Vec<&'static str> = told.chain(more).collect();
+    for path in told {
+        let text = format!(
+            "{path} is set, but {TLS_ENABLED} is false: set it to true, or leave {path} out"
+        );
+        from.contradiction(&[path, TLS_ENABLED], text);
+    }
+}
+
 const BEGIN: &[u8] = b"-----BEGIN CERTIFICATE-----";
 
 fn number<T: TryFrom<u64>>(kind: Kind, text: &str) -> Result<T, InvalidValue> {
@@ -845,8 +833,8 @@ fn sections(role: Role) -> BTreeSet<String> {
 
 /// Every path that may be set, those for files included.
 fn keys(role: Role) -> Vec<String> {
-    let built = table(role).iter().filter(|s| s.kind != Kind::NotBuilt);
-    built
+    table(role)
+        .iter()
         .flat_map(|setting| {
             let file = setting.kind.from_file();
             let file = file.then(|| format!("{}_file", setting.path));

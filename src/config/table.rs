@@ -70,6 +70,8 @@ pub enum Kind {
     Level,
     /// A [`Format`](crate::telemetry::Format).
     LogFormat,
+    /// A [`ClientAuth`](crate::auth::ClientAuth).
+    ClientAuth,
     /// An IP address, or `localhost`.
     Address,
     /// A DNS name or an IP address.
@@ -131,8 +133,6 @@ pub enum Kind {
     HeaderNames,
     /// A file of certificates.
     Certificates,
-    /// Documented, but not in this version: refused with everything below it.
-    NotBuilt,
 }
 
 impl Kind {
@@ -225,10 +225,6 @@ const fn required(
         preset,
         about,
     }
-}
-
-const fn not_built(path: &'static str, about: &'static str) -> Setting {
-    unset(path, Kind::NotBuilt, "", "", about)
 }
 
 const LEVEL: Setting = setting(
@@ -451,7 +447,7 @@ static SERVER: &[Setting] = &[
         "grpc.host",
         Kind::Address,
         "::",
-        "Address of the tunnel port. `::` is every address, IPv4 included; without a credential in `grpc.auth`, agents on other hosts are rejected all the same.",
+        "Address of the tunnel port. `::` is every address, IPv4 included; without a credential in `grpc.auth` or `grpc.tls.client_auth`, agents on other hosts are rejected all the same.",
     ),
     setting(
         "grpc.port",
@@ -473,9 +469,38 @@ static SERVER: &[Setting] = &[
         "{agent-1: change-me, agent-2: change-me-too}",
         "Credentials bound to one agent id each. Such an id takes no other, the shared one included.",
     ),
-    not_built(
-        "grpc.tls",
-        "TLS on the tunnel port, with client certificates.",
+    setting(
+        "grpc.tls.enabled",
+        Kind::Flag,
+        "false",
+        "TLS on the tunnel port (1.2 or 1.3). `silo-proxy certs` makes a private authority and certificates. Agents' ports stay plain HTTP.",
+    ),
+    unset(
+        "grpc.tls.cert_file",
+        Kind::FileName,
+        "none; needed with `enabled`",
+        "server.pem",
+        "PEM file with the server's certificate and those between it and the authority. Read again when it, the key or the authorities change; tunnels go on.",
+    ),
+    unset(
+        "grpc.tls.key_file",
+        Kind::FileName,
+        "none; needed with `enabled`",
+        "server.key",
+        "PEM file with the certificate's key.",
+    ),
+    unset(
+        "grpc.tls.ca_file",
+        Kind::FileName,
+        "none",
+        "ca.pem",
+        "PEM file with the authorities that sign agents' certificates. Use a private one: whoever it signs for gets in.",
+    ),
+    setting(
+        "grpc.tls.client_auth",
+        Kind::ClientAuth,
+        "none",
+        "Agents' certificates: `none` asks for none; with `request` one is a credential for the ids it names (a dNSName equal to the id, or the URI `silo:agent:ID`), as good as a token; `require` wants one of every agent, and the token too where `grpc.auth` is set.",
     ),
     setting(
         "grpc.handshake_timeout",
@@ -542,9 +567,42 @@ static AGENT: &[Setting] = &[
         Kind::Secret,
         "none",
         "change-me",
-        "The credential for that id, as the server's `grpc.auth` has it. Not needed on the server's own host while the server has none.",
+        "The credential for that id, as the server's `grpc.auth` has it. Not needed on the server's own host while the server has none. Without `grpc.tls` it goes in clear.",
     ),
-    not_built("grpc.tls", "TLS to the server, with a client certificate."),
+    setting(
+        "grpc.tls.enabled",
+        Kind::Flag,
+        "false",
+        "TLS to the server, whose certificate is checked.",
+    ),
+    unset(
+        "grpc.tls.ca_file",
+        Kind::FileName,
+        "the system's certificates",
+        "ca.pem",
+        "PEM file with the only authorities that may sign the server's certificate. It and the next two are read again at a reconnect when they have changed.",
+    ),
+    unset(
+        "grpc.tls.cert_file",
+        Kind::FileName,
+        "none",
+        "agent-1.pem",
+        "PEM file with this agent's certificate, for a server that asks for one.",
+    ),
+    unset(
+        "grpc.tls.key_file",
+        Kind::FileName,
+        "none; needed with `cert_file`",
+        "agent-1.key",
+        "PEM file with the certificate's key.",
+    ),
+    unset(
+        "grpc.tls.server_name",
+        Kind::Host,
+        "the host of `grpc.server_address`",
+        "proxy.example.com",
+        "The name that the server's certificate must bear.",
+    ),
     setting(
         "grpc.heartbeat_timeout",
         time(),
@@ -677,9 +735,6 @@ pub fn example(role: Role) -> String {
     );
     let mut open: Vec<&str> = Vec::new();
     for setting in table(role) {
-        if setting.kind == Kind::NotBuilt {
-            continue;
-        }
         let mut sections: Vec<&str> = setting.path.split('.').collect();
         let name = sections.pop().unwrap_or_default();
         let common = open.iter().zip(&sections).take_while(|(a, b)| a == b);
@@ -741,6 +796,7 @@ impl fmt::Display for Kind {
         match *self {
             Self::Level => f.write_str("level or directives"),
             Self::LogFormat => f.write_str("`text` or `json`"),
+            Self::ClientAuth => f.write_str("`none`, `request` or `require`"),
             Self::Address => f.write_str("IP address or `localhost`"),
             Self::Host => f.write_str("host name or IP address"),
             Self::HostPort => f.write_str("HOST:PORT"),
@@ -767,7 +823,6 @@ impl fmt::Display for Kind {
             Self::Methods => f.write_str("list of methods"),
             Self::HeaderNames => f.write_str("list of header names"),
             Self::FileName | Self::Certificates => f.write_str("file name"),
-            Self::NotBuilt => f.write_str("not built yet: refused"),
         }
     }
 }

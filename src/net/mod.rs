@@ -5,6 +5,7 @@
 
 pub mod acceptor;
 pub mod dial;
+pub mod tls;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};

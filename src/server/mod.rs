@@ -22,12 +22,13 @@ mod tenancy;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc as mpsc_std};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use dashmap::DashMap;
@@ -43,11 +44,13 @@ use self::registry::Registry;
 pub use self::state_file::StateFileError;
 use self::state_file::{Moment, Signal, StateFile};
 use self::worker::{Job, JobSender, Shared, Worker};
+use crate::auth::ApiKey;
 use crate::config::ServerConfig;
 use crate::headers::RequestIds;
 use crate::metrics::{Metrics, Refusal};
 use crate::mux::Pool;
 use crate::net::acceptor::{Accepted, Acceptor, AcceptorHandle, Command, Listener, Sink};
+use crate::net::tls::{ServerTls, TlsFault};
 use crate::ports::PinError;
 
 /// Under this number the accept task knows the tunnel port.
@@ -55,6 +58,12 @@ const TUNNEL_LISTENER: u64 = 0;
 
 /// How often a draining server looks whether everything has come to rest.
 const REST_INTERVAL: Duration = Duration::from_millis(10);
+
+/// How often the files of `grpc.tls` are looked at: a few system calls.
+const CERTIFICATES_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How often a certificate that is about to expire is spoken of.
+const WARNING_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// How long the server's end may wait for the last write of the state file. It was begun when the
 /// drain was; a disk that takes longer shall not hold the process.
@@ -76,6 +85,9 @@ pub enum StartError {
     /// The pinned ports contradict each other or the server's own.
     #[error("http.static_ports: {0}")]
     Pins(#[from] PinError),
+    /// The files of `grpc.tls` can't be used.
+    #[error(transparent)]
+    Tls(#[from] TlsFault),
     /// The state file can't be used.
     #[error("cannot use http.state_file: {0}")]
     StateFile(#[from] StateFileError),
@@ -102,6 +114,8 @@ pub struct Server {
     workers: Vec<Arc<Worker>>,
     stop_workers: CancellationToken,
     stop_admin: CancellationToken,
+    /// Dropped to end the thread that looks at the certificates' files.
+    _stop_looking: Option<mpsc_std::SyncSender<Infallible>>,
     threads: Vec<JoinHandle<()>>,
     /// To the thread that writes the state file, if there is one.
     saver: Option<Arc<Signal>>,
@@ -109,8 +123,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// Binds the admin and the tunnel port, and starts the threads. It serves when this returns.
+    /// Reads the certificates, binds the admin and the tunnel port, and starts the threads. It
+    /// serves when this returns.
     pub fn start(config: ServerConfig) -> Result<Self, StartError> {
+        let tls = config.grpc.tls.as_ref().map(ServerTls::load).transpose()?;
+        let tls = tls.map(Arc::new);
         let (state_file, memory) = match &config.http.state_file {
             Some(path) => {
                 let now = Moment {
@@ -154,6 +171,7 @@ impl Server {
         let shared = Arc::new(Shared {
             access: access.transpose()?,
             pool: Pool::new(config.server.max_buffered),
+            tls: tls.clone(),
             visitors: AtomicUsize::new(0),
             addresses: config
                 .http
@@ -222,6 +240,7 @@ impl Server {
                 }
             })?);
         }
+        let stop_looking = tls.map(look_at_certificates).transpose()?;
         if let (Some(file), Some(saver)) = (state_file, saver.clone()) {
             let registry = registry.clone();
             let keep = move || state_file::keep(&file, &saver, || registry.memory());
@@ -234,7 +253,7 @@ impl Server {
             directory,
             metrics,
             readiness: readiness.clone(),
-            api_key: shared.config().http.admin_api_key.clone(),
+            api_key: ApiKey::new(shared.config().http.admin_api_key.clone()),
         };
         let admin = Admin::start(admin_listener, state, stop_admin.clone().cancelled_owned())?;
         serving.release();
@@ -261,6 +280,7 @@ impl Server {
             workers,
             stop_workers,
             stop_admin,
+            _stop_looking: stop_looking,
             threads,
             saver,
             admin,
@@ -275,6 +295,11 @@ impl Server {
     /// The tunnel port.
     pub fn tunnel_address(&self) -> SocketAddr {
         self.tunnel_address
+    }
+
+    /// TLS on the tunnel port, if it has any: to have the certificates read again.
+    pub fn tls(&self) -> Option<&Arc<ServerTls>> {
+        self.shared.tls.as_ref()
     }
 
     /// The counters.
@@ -441,6 +466,34 @@ fn request_ids() -> io::Result<RequestIds> {
     let mut seed = [0; 16];
     getrandom::fill(&mut seed).map_err(io::Error::other)?;
     Ok(RequestIds::new(seed))
+}
+
+/// Says what is to be said of the certificates' time, now and once a day, and has the files read
+/// again when they have changed: on a thread of its own, since files can be slow, and for that
+/// reason not waited for either. It ends when the sender is dropped.
+fn look_at_certificates(tls: Arc<ServerTls>) -> io::Result<mpsc_std::SyncSender<Infallible>> {
+    let warn_of_expiry = |tls: &ServerTls| {
+        for warning in tls.warnings(SystemTime::now()) {
+            warn!("{warning}");
+        }
+    };
+    warn_of_expiry(&tls);
+    let (stop, stopped) = mpsc_std::sync_channel(0);
+    std::thread::Builder::new()
+        .name("silo-certificates".into())
+        .spawn(move || {
+            let mut warned = Instant::now();
+            while let Err(mpsc_std::RecvTimeoutError::Timeout) =
+                stopped.recv_timeout(CERTIFICATES_INTERVAL)
+            {
+                tls.look();
+                if warned.elapsed() >= WARNING_INTERVAL {
+                    warned = Instant::now();
+                    warn_of_expiry(&tls);
+                }
+            }
+        })?;
+    Ok(stop)
 }
 
 /// Runs a future on a thread and one-thread runtime of its own. When it ends, so do the tasks it

@@ -17,7 +17,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::directory::{Directory, Row, RowState, Snapshot};
+use super::directory::{Directory, Row, RowState};
 use super::rivals::{Instance, Newcomer, Rivals};
 use super::session::Session;
 use super::state_file::{Memory, Moment, Signal};
@@ -28,9 +28,6 @@ use crate::metrics::{AgentStats, Metrics, PortState};
 use crate::net::acceptor::{AcceptorHandle, Command, Listener};
 use crate::ports::{self, Allocation, Allocator, Answer, Effect, PinError, Remembered};
 use crate::telemetry::{Told, Who, may_say};
-
-/// How often the directory is rebuilt at most. Pollers see a change this much later.
-const PUBLISH_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The host of an agent's URL when neither the settings nor the agent named one.
 pub(super) const DEFAULT_HOST: &str = "localhost";
@@ -96,7 +93,7 @@ pub(super) struct Registry {
     directory: Arc<Directory>,
     metrics: Arc<Metrics>,
     acceptor: OnceLock<AcceptorHandle>,
-    /// Wakes whoever keeps house: something is to be published, or a timer has changed.
+    /// Wakes whoever keeps house: another timer is the first.
     changed: Notify,
     /// Time in the allocator counts from here.
     epoch: Instant,
@@ -123,8 +120,8 @@ struct State {
     /// Sessions that were replaced and may be finishing what they had under way.
     replaced: Vec<Weak<Session>>,
     next_generation: u64,
-    revision: u64,
-    published: u64,
+    /// The allocator's first timer, as whoever keeps house was told last.
+    timer: Option<Duration>,
     draining: bool,
 }
 
@@ -180,8 +177,7 @@ impl Registry {
                 commands: VecDeque::new(),
                 replaced: Vec::new(),
                 next_generation: 1,
-                revision: 1,
-                published: 0,
+                timer: None,
                 draining: false,
             }),
             routes: DashMap::new(),
@@ -266,21 +262,14 @@ impl Registry {
     /// released by that.
     pub(super) fn leave(&self, agent_id: &AgentId, generation: Generation) -> bool {
         let mut state = self.lock();
-        let Some(member) = state.members.get_mut(agent_id) else {
+        let Some(member) = state.members.get(agent_id) else {
             return false;
         };
-        if member.generation != generation || member.session.take().is_none() {
+        if member.generation != generation || member.session.is_none() {
             return false;
         }
         let tenancy = member.tenancy.clone();
-        member.tenancy.disconnect(generation);
-        member.row = Arc::new(Row {
-            state: RowState::Leased,
-            ..Row::clone(&member.row)
-        });
-        let now = self.epoch.elapsed();
-        state.allocator.agent_lost(tenancy.allocation, now);
-        state.revision += 1;
+        self.lose(&mut state, agent_id);
         self.settle(&mut state);
         tenancy.is_over()
     }
@@ -327,27 +316,25 @@ impl Registry {
         self.settle(&mut state);
     }
 
-    /// Publishes changes and lets leases end, until the future is dropped.
+    /// Lets leases end, and ports of other programs be tried again, until the future is dropped.
     pub(super) async fn keep_house(&self) {
         loop {
-            let timeout = {
-                let mut state = self.lock();
-                self.publish(&mut state);
-                state.allocator.poll_timeout()
-            };
-            match timeout {
-                Some(at) => {
-                    let _ = tokio::time::timeout_at(self.epoch + at, self.changed.notified()).await;
+            let timeout = self.lock().allocator.poll_timeout();
+            let due = async {
+                match timeout {
+                    Some(at) => tokio::time::sleep_until(self.epoch + at).await,
+                    None => std::future::pending().await,
                 }
-                None => self.changed.notified().await,
+            };
+            tokio::select! {
+                () = self.changed.notified() => {}
+                () = due => {
+                    let mut state = self.lock();
+                    let now = self.epoch.elapsed();
+                    state.allocator.handle_timeout(now);
+                    self.settle(&mut state);
+                }
             }
-            {
-                let mut state = self.lock();
-                let now = self.epoch.elapsed();
-                state.allocator.handle_timeout(now);
-                self.settle(&mut state);
-            }
-            tokio::time::sleep(PUBLISH_INTERVAL).await;
         }
     }
 
@@ -380,7 +367,6 @@ impl Registry {
         state.last_memory = Some(state.allocator.memory());
         state.allocator.release_all();
         self.settle(&mut state);
-        self.publish(&mut state);
         sessions
     }
 
@@ -446,7 +432,10 @@ impl Registry {
         {
             saver.changed();
         }
-        self.changed.notify_one();
+        let timer = state.allocator.poll_timeout();
+        if std::mem::replace(&mut state.timer, timer) != timer {
+            self.changed.notify_one();
+        }
     }
 
     fn granted(&self, state: &mut State, allocation: Allocation, port: u16) {
@@ -463,15 +452,31 @@ impl Registry {
         let joined = self.admit(state, applicant, allocation, port, rivals);
         let generation = joined.generation;
         if reply.send(Ok(joined)).is_err()
-            && let Some(member) = state.members.get_mut(&agent_id)
+            && let Some(member) = state.members.get(&agent_id)
             && member.generation == generation
         {
             // The session ended while it waited.
-            member.session = None;
-            member.tenancy.disconnect(generation);
-            let now = self.epoch.elapsed();
-            state.allocator.agent_lost(allocation, now);
+            self.lose(state, &agent_id);
         }
+    }
+
+    /// Ends the hold of an agent's session on its port, which the allocator then leases or
+    /// releases.
+    fn lose(&self, state: &mut State, agent_id: &AgentId) {
+        let Some(member) = state.members.get_mut(agent_id) else {
+            return;
+        };
+        member.session = None;
+        member.tenancy.disconnect(member.generation);
+        member.row = Arc::new(Row {
+            state: RowState::Leased,
+            peer: None,
+            ..Row::clone(&member.row)
+        });
+        self.directory.replace(member.row.clone());
+        let allocation = member.tenancy.allocation;
+        let now = self.epoch.elapsed();
+        state.allocator.agent_lost(allocation, now);
     }
 
     /// Makes the applicant the agent's session on a port that is bound. `rivals` are those of the
@@ -486,11 +491,11 @@ impl Registry {
     ) -> Joined {
         let generation = Generation(state.next_generation);
         state.next_generation += 1;
-        state.revision += 1;
         self.metrics.registrations.inc();
 
         let agent_id = applicant.agent_id;
         let older = state.members.remove(&agent_id);
+        let is_listed = older.is_some();
         let tenancy = match &older {
             Some(member) if member.tenancy.allocation == allocation => member.tenancy.clone(),
             _ => Tenancy::new(
@@ -536,6 +541,10 @@ impl Registry {
             public_url: public_url.clone(),
             stats: tenancy.stats.clone(),
         });
+        match is_listed {
+            true => self.directory.replace(row.clone()),
+            false => self.directory.add(row.clone()),
+        }
         let stats = tenancy.stats.clone();
         state.members.insert(
             agent_id,
@@ -583,8 +592,8 @@ impl Registry {
             rivals: Rivals::default(),
             row,
         };
+        self.directory.add(member.row.clone());
         state.members.insert(agent_id, member);
-        state.revision += 1;
     }
 
     fn released(&self, state: &mut State, allocation: Allocation, port: u16) {
@@ -605,18 +614,8 @@ impl Registry {
             .is_some_and(|member| member.tenancy.allocation == allocation)
         {
             state.members.remove(&tenancy.agent_id);
-            state.revision += 1;
+            self.directory.remove(&tenancy.agent_id);
         }
-    }
-
-    fn publish(&self, state: &mut State) {
-        if state.published == state.revision {
-            return;
-        }
-        state.published = state.revision;
-        let rows = state.members.values().map(|m| m.row.clone()).collect();
-        self.directory
-            .publish(Arc::new(Snapshot::new(state.revision, rows)));
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use super::registry::{Applicant, DEFAULT_HOST, JoinError, Joined};
 use super::rivals::Instance;
 use super::worker::Worker;
+use crate::auth::Shown;
 use crate::config::ServerConfig;
 use crate::id::{AgentId, MAX_LABEL_LEN, MAX_LABELS};
 use crate::link::{Ended, Link, Observer};
@@ -25,6 +26,7 @@ use crate::metrics::{
     AgentStats, HandshakeFailure, PortState, Rejection as RejectionKind, WorkerMetrics,
 };
 use crate::mux::{Budget, Config, Frame};
+use crate::net::tls::PeerCertificate;
 use crate::ports;
 use crate::telemetry::{Told, Who, may_say};
 use crate::wire::{
@@ -112,6 +114,8 @@ impl Session {
 pub(super) struct Connection {
     /// Where it comes from.
     pub peer: SocketAddr,
+    /// What it has shown in the TLS handshake, if there was one.
+    pub certificate: PeerCertificate,
     /// The host by which the agent reached us, for its public URL.
     pub host: Mutex<Option<String>>,
     /// Whether a session has begun; a connection carries one at most.
@@ -123,13 +127,19 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// A connection on which nothing has happened yet.
-    pub(super) fn new(peer: SocketAddr) -> Arc<Self> {
+    /// A connection on which nothing has happened yet but TLS; `welcomed` is cancelled when its
+    /// agent is.
+    pub(super) fn new(
+        peer: SocketAddr,
+        certificate: PeerCertificate,
+        welcomed: CancellationToken,
+    ) -> Arc<Self> {
         Arc::new(Self {
             peer,
+            certificate,
             host: Mutex::new(None),
             taken: AtomicBool::new(false),
-            welcomed: CancellationToken::new(),
+            welcomed,
             over: CancellationToken::new(),
         })
     }
@@ -316,12 +326,15 @@ async fn welcome(
             "the hello's texts or labels are too long",
         ));
     }
-    let loopback = connection.peer.ip().to_canonical().is_loopback();
-    let credential = Some(&hello.credential[..]).filter(|credential| !credential.is_empty());
+    let shown = Shown {
+        token: Some(&hello.credential[..]),
+        certificate: connection.certificate.shown(),
+        from_loopback: connection.peer.ip().to_canonical().is_loopback(),
+    };
     config
         .grpc
         .auth
-        .check(&agent_id, credential, loopback)
+        .check(&agent_id, shown)
         .map_err(|denied| Turned {
             kind: RejectionKind::Auth,
             rejection: reject(RejectionReason::Auth, &denied.to_string(), REFUSED_RETRY),

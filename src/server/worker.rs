@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -14,7 +14,7 @@ use dashmap::DashMap;
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use slab::Slab;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, sleep_until};
@@ -32,6 +32,7 @@ use crate::link::http2;
 use crate::metrics::{HandshakeFailure, Metrics, Refusal, WorkerMetrics};
 use crate::mux::Pool;
 use crate::net::acceptor::Accepted;
+use crate::net::tls::{PeerCertificate, ServerTls, Stream, TLS_ALERT, TLS_HANDSHAKE};
 use crate::telemetry::{Told, Who, may_say};
 use crate::wire::{MAX_MESSAGE, tunnel_server::TunnelServer};
 
@@ -50,6 +51,7 @@ const QUEUE: usize = 1024;
 
 /// How many bytes an agent may send before it is welcomed: a hello is a few hundred, with the most
 /// and longest labels 9 KiB, and HTTP/2 adds less than one. More would lie in memory for nobody.
+/// A TLS handshake before it may take as much again: mostly the certificates, 2 KiB each at most.
 const HELLO_BYTES: usize = 16 * 1024;
 
 /// How long a finished session's connection may take to say goodbye.
@@ -59,6 +61,8 @@ const GOODBYE: Duration = Duration::from_secs(1);
 pub(super) struct Shared {
     /// What the server is told: replaced as a whole when it is told anew.
     pub(super) config: ArcSwap<ServerConfig>,
+    /// TLS on the tunnel port, if it has any.
+    pub tls: Option<Arc<ServerTls>>,
     /// What it counts.
     pub metrics: Arc<Metrics>,
     /// Who is connected.
@@ -274,12 +278,20 @@ impl Worker {
     }
 
     async fn serve_agent(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, slot: Handshake) {
-        let connection = Connection::new(peer);
-        let stream = Guarded {
-            stream,
-            left: Some(HELLO_BYTES),
-            connection: connection.clone(),
+        let mut deadline = pin!(tokio::time::sleep(
+            self.shared.config().grpc.handshake_timeout
+        ));
+        let welcomed = CancellationToken::new();
+        let opened = tokio::select! {
+            opened = self.open(stream, peer, &welcomed) => opened,
+            () = &mut deadline => Err(HandshakeFailure::Timeout),
+            () = slot.evicted.cancelled() => Err(HandshakeFailure::Limit),
         };
+        let (stream, certificate) = match opened {
+            Ok(opened) => opened,
+            Err(failure) => return self.failed(peer, failure),
+        };
+        let connection = Connection::new(peer, certificate, welcomed);
         let service = TunnelServer::new(TunnelService {
             worker: self.clone(),
             connection: connection.clone(),
@@ -289,11 +301,10 @@ impl Worker {
             inner: service,
             connection: connection.clone(),
         };
-        let mut http = std::pin::pin!(
+        let mut http = pin!(
             http2::server()
                 .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service))
         );
-        let deadline = tokio::time::sleep(self.shared.config().grpc.handshake_timeout);
         let failed = tokio::select! {
             outcome = &mut http => {
                 Some(if outcome.is_err() { HandshakeFailure::Protocol } else { HandshakeFailure::Closed })
@@ -309,9 +320,7 @@ impl Worker {
         };
         drop(slot);
         if let Some(failure) = failed {
-            log_failed_handshake(peer, failure);
-            self.metrics().handshakes_failed.inc(failure);
-            return;
+            return self.failed(peer, failure);
         }
         self.metrics().tunnels_open.inc();
         tokio::select! {
@@ -321,6 +330,58 @@ impl Worker {
             }
         }
         self.metrics().tunnels_open.dec();
+    }
+
+    /// Brings a connection to where HTTP/2 begins: through the TLS handshake if the port has TLS.
+    /// A peer that speaks it and shouldn't, or the reverse, gets a few bytes by which it can tell.
+    async fn open(
+        &self,
+        stream: TcpStream,
+        peer: SocketAddr,
+        welcomed: &CancellationToken,
+    ) -> Result<(Stream<Guarded>, PeerCertificate), HandshakeFailure> {
+        let mut first = [0];
+        match stream.peek(&mut first).await {
+            Ok(1..) => {}
+            Ok(0) | Err(_) => return Err(HandshakeFailure::Closed),
+        }
+        let is_tls = first == [TLS_HANDSHAKE];
+        let (tls, guarded) = match (&self.shared.tls, is_tls) {
+            (Some(tls), true) => (tls, Guarded::new(stream, welcomed)),
+            (None, false) => {
+                let stream = Stream::Left(Guarded::new(stream, welcomed));
+                return Ok((stream, PeerCertificate::None));
+            }
+            (tls, _) => {
+                log_failed_tls(
+                    peer,
+                    match tls {
+                        Some(_) => "an agent without TLS: set grpc.tls.enabled on it",
+                        None => "an agent with TLS: set grpc.tls here, or none on it",
+                    },
+                );
+                let hint = if tls.is_some() { NO_TLS } else { NO_HTTP2 };
+                say_goodbye(stream, hint).await;
+                return Err(HandshakeFailure::Tls);
+            }
+        };
+        match tls.accept(guarded).await {
+            Ok((mut stream, certificate)) => {
+                if let Stream::Right(stream) = &mut stream {
+                    stream.get_mut().0.begin();
+                }
+                Ok((stream, certificate))
+            }
+            Err(error) => {
+                log_failed_tls(peer, error);
+                Err(HandshakeFailure::Tls)
+            }
+        }
+    }
+
+    fn failed(&self, peer: SocketAddr, failure: HandshakeFailure) {
+        log_failed_handshake(peer, failure);
+        self.metrics().handshakes_failed.inc(failure);
     }
 
     /// Counts a refused connection.
@@ -334,7 +395,10 @@ fn log_failed_handshake(peer: SocketAddr, failure: HandshakeFailure) {
     let reason = failure.as_str();
     match failure {
         // What looks whether a port is open does that.
-        HandshakeFailure::Closed => debug!(%peer, %reason, "handshake failed"),
+        // Nor is it news what has been said in more words.
+        HandshakeFailure::Closed | HandshakeFailure::Tls => {
+            debug!(%peer, %reason, "handshake failed")
+        }
         HandshakeFailure::Limit => {
             if let Some(Told { repeated, others }) = may_say(reason, Who::Anybody) {
                 warn!(
@@ -351,6 +415,13 @@ fn log_failed_handshake(peer: SocketAddr, failure: HandshakeFailure) {
                 info!(%peer, %reason, repeated, others, "handshake failed");
             }
         }
+    }
+}
+
+/// Says that there was no TLS with somebody, and why.
+fn log_failed_tls(peer: SocketAddr, why: impl std::fmt::Display) {
+    if let Some(Told { repeated, others }) = may_say("tls", peer.ip()) {
+        warn!(%peer, repeated, others, "TLS handshake failed: {why}");
     }
 }
 
@@ -403,12 +474,48 @@ impl Drop for Handshake {
     }
 }
 
-/// A tunnel's socket, from which no more than a hello is taken before the agent is welcomed.
+/// What tells a peer without TLS that it met TLS: a fatal alert, "protocol version" (RFC 8446,
+/// section 6.2).
+const NO_TLS: &[u8] = &[TLS_ALERT, 3, 1, 0, 2, 2, 70];
+
+/// What tells a peer with TLS that it met HTTP/2: an empty SETTINGS frame (RFC 9113, section 6.5).
+const NO_HTTP2: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
+
+/// Sends a last word, and reads what comes until the peer closes: whatever lies unread when a
+/// socket is closed resets the connection, and the word may be lost.
+async fn say_goodbye(mut stream: TcpStream, word: &[u8]) {
+    let goodbye = async {
+        stream.write_all(word).await?;
+        stream.shutdown().await?;
+        let mut rest = stream.take(HELLO_BYTES as u64);
+        tokio::io::copy(&mut rest, &mut tokio::io::sink()).await
+    };
+    // It was a courtesy.
+    let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+}
+
+/// A tunnel's socket, from which no more than a TLS handshake and a hello is taken before the
+/// agent is welcomed.
 struct Guarded {
     stream: TcpStream,
     /// What may still come; nothing limits it once the agent is welcomed.
     left: Option<usize>,
-    connection: Arc<Connection>,
+    welcomed: CancellationToken,
+}
+
+impl Guarded {
+    fn new(stream: TcpStream, welcomed: &CancellationToken) -> Self {
+        Self {
+            stream,
+            left: Some(HELLO_BYTES),
+            welcomed: welcomed.clone(),
+        }
+    }
+
+    /// The TLS handshake is over: what it took doesn't count against the hello.
+    fn begin(&mut self) {
+        self.left = Some(HELLO_BYTES);
+    }
 }
 
 impl AsyncRead for Guarded {
@@ -421,7 +528,7 @@ impl AsyncRead for Guarded {
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
         if let Some(left) = self.left {
             let left = left.checked_sub(buffer.filled().len() - before);
-            if self.connection.welcomed.is_cancelled() {
+            if self.welcomed.is_cancelled() {
                 self.left = None;
             } else if left.is_none() {
                 return Poll::Ready(Err(io::Error::other("too much before the welcome")));

@@ -388,6 +388,7 @@ fn config(server: SocketAddr, service_port: u16) -> AgentConfig {
             },
             agent_id: "agent-1".parse().unwrap(),
             token: Some(crate::id::Secret::new("secret")),
+            tls: None,
             heartbeat_timeout: Duration::from_secs(30),
         },
         local: LocalConfig {
