@@ -1,5 +1,7 @@
 //! `silo-proxy server`: accepts agents and their visitors, until told to stop.
 
+use std::pin::pin;
+
 use super::{
     ConfigArg, Outcome, block_on, raise_descriptor_limit, sources, start_log, told_to_stop,
 };
@@ -40,17 +42,20 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
             error => Failure::failed(error),
         })?;
         let tls = server.tls().cloned();
-        tokio::spawn(async move {
-            while hangup.recv().await.is_some() {
-                if let Some(tls) = &tls {
-                    tls.refresh();
-                }
-                warn!(
-                    "SIGHUP: certificates are read again, but other settings can't be reloaded yet; restart the server"
-                );
+        let mut told = pin!(told);
+        loop {
+            tokio::select! {
+                () = &mut told => break,
+                _ = hangup.recv() => {}
             }
-        });
-        told.await;
+            server.reopen_logs();
+            if let Some(tls) = &tls {
+                tls.refresh();
+            }
+            warn!(
+                "SIGHUP: certificates are read again, but other settings can't be reloaded yet; restart the server"
+            );
+        }
         server.shutdown().await;
         Ok(())
     })?

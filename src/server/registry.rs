@@ -516,11 +516,11 @@ impl Registry {
             match (member.session, rivals.judge(applicant.instance)) {
                 (None, _) => {}
                 (Some(session), Newcomer::Reconnect) => {
-                    info!(%agent_id, %generation, "agent reconnected; its older session is ended");
+                    info!(%agent_id, generation = generation.0, "agent reconnected; its older session is ended");
                     session.outlived();
                 }
                 (Some(session), Newcomer::Successor | Newcomer::Loser) => {
-                    info!(%agent_id, %generation, "session replaced by a newer one of the same agent");
+                    info!(%agent_id, generation = generation.0, "session replaced by a newer one of the same agent");
                     state.replaced.retain(|session| session.strong_count() > 0);
                     state.replaced.push(Arc::downgrade(&session));
                     session.replace();

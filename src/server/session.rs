@@ -221,7 +221,7 @@ async fn run(
         public_url,
         stats,
     } = joined;
-    info!(%agent_id, port, %generation, peer = %connection.peer, "agent registered");
+    info!(%agent_id, port, generation = generation.0, peer = %connection.peer, "agent registered");
     let _membership = Membership {
         worker: &worker,
         agent_id: &agent_id,
@@ -261,7 +261,7 @@ async fn run(
     info!(
         %agent_id,
         port,
-        %generation,
+        generation = generation.0,
         peer = %connection.peer,
         why = %ended,
         seconds = since.elapsed().as_secs(),
