@@ -54,6 +54,7 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
                 () = &mut told => break,
                 _ = hangup.recv() => {
                     manager.reloading();
+                    server.reopen_logs();
                     // They are files of their own, and don't wait for the settings to be right.
                     if let Some(tls) = server.tls() {
                         tls.refresh();
