@@ -1,7 +1,9 @@
 //! `silo-proxy agent`: keeps a local service reachable through a server, until told to stop.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use super::notify::Manager;
 use super::{
     ConfigArg, Failure, Outcome, block_on, raise_descriptor_limit, say, sources, start_log,
     told_to_stop,
@@ -74,16 +76,31 @@ pub(super) fn run(args: AgentArgs) -> Outcome {
     start_log(&config.log)?;
     raise_descriptor_limit();
     let service = config.local.service_url.to_string();
+    let manager = Arc::new(Manager::from_environment());
+    let told = manager.clone();
     let agent = Agent::new(config)
         .map_err(Failure::usage)?
-        .on_event(move |event| {
-            // The rest is in the log.
-            if let Event::Connected { public_url, .. } = event {
+        .on_event(move |event| match event {
+            Event::Connected { public_url, .. } => {
+                // The rest is in the log.
                 say(format_args!("{public_url} -> {service}"));
+                told.status(format_args!("{public_url} leads to {service}"));
             }
+            Event::Rejected { reason, detail, .. } => {
+                told.status(format_args!("rejected, {}: {detail}", reason.as_str()));
+            }
+            Event::Disconnected { why, .. } => told.status(format_args!("not connected: {why}")),
         });
     block_on(async {
-        agent.run(told_to_stop()?).await;
+        let stop = told_to_stop()?;
+        // A server that is away is no fault of this process: it is ready once it tries.
+        manager.ready("connecting");
+        agent
+            .run(async {
+                stop.await;
+                manager.stopping();
+            })
+            .await;
         Ok(())
     })?
 }

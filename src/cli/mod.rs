@@ -4,6 +4,7 @@ mod agent;
 pub mod agents;
 mod certs;
 mod demo;
+mod notify;
 mod server;
 pub mod services;
 mod swarm;

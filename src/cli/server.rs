@@ -2,6 +2,7 @@
 
 use std::pin::pin;
 
+use super::notify::Manager;
 use super::{
     ConfigArg, Outcome, block_on, raise_descriptor_limit, sources, start_log, told_to_stop,
 };
@@ -42,20 +43,30 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
             error => Failure::failed(error),
         })?;
         let tls = server.tls().cloned();
+        let manager = Manager::from_environment();
+        let status = format!(
+            "serving: agents connect to {}, the admin port is {}",
+            server.tunnel_address(),
+            server.admin_address()
+        );
+        manager.ready(&status);
         let mut told = pin!(told);
         loop {
             tokio::select! {
                 () = &mut told => break,
                 _ = hangup.recv() => {}
             }
+            manager.reloading();
             server.reopen_logs();
             if let Some(tls) = &tls {
                 tls.refresh();
             }
             warn!(
-                "SIGHUP: certificates are read again, but other settings can't be reloaded yet; restart the server"
+                "SIGHUP: certificates are read again and logs reopened, but other settings can't be reloaded yet; restart the server"
             );
+            manager.ready(&status);
         }
+        manager.stopping();
         server.shutdown().await;
         Ok(())
     })?

@@ -270,7 +270,7 @@ static SERVER: &[Setting] = &[
         Kind::Secret,
         "none",
         "change-me",
-        "What callers of the admin port must send as `X-API-Key` or `Authorization: Bearer`.",
+        "What callers of the admin port must send as `X-API-Key` or `Authorization: Bearer`. Without one, the port is asked as `localhost`, `127.0.0.1` or `[::1]` only.",
     ),
     setting(
         "http.agent_host",

@@ -6,7 +6,7 @@
 //!   :8100 ─┼─► acceptor ─► route ┤                                                     │
 //!   :8101 ─┘        ▲            └─ Visitors ─► HTTP/1 ─► ingress ─► tenancy.link() ───┘
 //!                   │ bind, close
-//!               registry (allocator, members) ─── every 50 ms ───► directory ◄── admin thread
+//!               registry (allocator, members) ── each change ──► directory ◄── admin thread
 //! ```
 
 mod access;
