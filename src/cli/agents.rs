@@ -496,6 +496,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::UNIX_EPOCH;
 
+    use arc_swap::ArcSwap;
     use tokio::sync::oneshot;
 
     use crate::auth::ApiKey;
@@ -665,7 +666,7 @@ of-an-old-server  8102  -                          -            -          -    
             directory,
             metrics: Metrics::new(1, UNIX_EPOCH),
             readiness: Readiness::new(),
-            api_key: ApiKey::new(api_key),
+            api_key: Arc::new(ArcSwap::from_pointee(ApiKey::new(api_key))),
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -16,10 +16,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{Level, enabled, error, info, warn};
 
-use crate::config::{ConfigError, LogConfig, Sources};
+use crate::config::{Changes, ConfigError, LogConfig, Sources};
 use crate::telemetry::{self, Telemetry};
 
 /// A reverse tunnel: every agent behind NAT gets an HTTP port of its own.
@@ -164,6 +164,34 @@ fn told_to_stop() -> Result<impl Future<Output = ()>, Failure> {
             std::process::exit(1);
         });
     })
+}
+
+/// Each SIGHUP since the call, which needs a tokio runtime. Without it a SIGHUP would end the
+/// process.
+fn told_to_reload() -> Result<Signal, Failure> {
+    signal(SignalKind::hangup()).map_err(Failure::failed)
+}
+
+/// Says that new settings hold, and which of them don't. Values may be secret, so only paths.
+fn reloaded(changes: &Changes) {
+    if !changes.needs_restart.is_empty() {
+        warn!(
+            settings = changes.needs_restart.join(", "),
+            "SIGHUP: changes of these need a restart; until then their old values hold"
+        );
+    }
+    let changed = match &changes.applied[..] {
+        [] => "none".to_owned(),
+        paths => paths.join(", "),
+    };
+    info!(changed, "SIGHUP: settings reloaded");
+}
+
+/// Says why new settings don't hold.
+fn not_reloaded(error: impl Display) {
+    // One line, however many faults.
+    let faults = error.to_string().replace('\n', "; ");
+    error!("SIGHUP: not reloaded, so the old settings hold, all of them: {faults}");
 }
 
 /// Writes a line for whoever started the command; not for the log.

@@ -2,16 +2,16 @@
 
 use std::pin::pin;
 
+use tracing::info;
+
 use super::notify::Manager;
 use super::{
-    ConfigArg, Outcome, block_on, raise_descriptor_limit, sources, start_log, told_to_stop,
+    ConfigArg, Failure, Outcome, block_on, not_reloaded, raise_descriptor_limit, reloaded, sources,
+    start_log, told_to_reload, told_to_stop,
 };
-use crate::config::ServerConfig;
-use crate::server::{Server, StartError};
-use tokio::signal::unix::{SignalKind, signal};
-use tracing::warn;
-
-use super::Failure;
+use crate::config::{ConfigError, ServerConfig};
+use crate::server::{Reloaded, Server, StartError};
+use crate::telemetry::Telemetry;
 
 /// Run the server: agents connect to it, visitors reach them through it
 #[derive(Debug, clap::Args)]
@@ -30,19 +30,18 @@ pub(super) struct ServerArgs {
 }
 
 pub(super) fn run(args: ServerArgs) -> Outcome {
-    let config = ServerConfig::load(&sources(args.file.config.as_deref()))?;
-    start_log(&config.log)?;
+    let load = || ServerConfig::load(&sources(args.file.config.as_deref()));
+    let config = load()?;
+    let telemetry = start_log(&config.log)?;
     raise_descriptor_limit();
     block_on(async {
         // Before anything is bound, so that no signal finds the server half started.
-        let told = told_to_stop()?;
-        // Without a handler a SIGHUP would end the server, and it is what reloads other programs.
-        let mut hangup = signal(SignalKind::hangup()).map_err(Failure::failed)?;
-        let server = Server::start(config).map_err(|error| match error {
+        let mut told = pin!(told_to_stop()?);
+        let mut hangup = told_to_reload()?;
+        let mut server = Server::start(config).map_err(|error| match error {
             StartError::Tls(fault) => Failure::usage(fault),
             error => Failure::failed(error),
         })?;
-        let tls = server.tls().cloned();
         let manager = Manager::from_environment();
         let status = format!(
             "serving: agents connect to {}, the admin port is {}",
@@ -50,24 +49,47 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
             server.admin_address()
         );
         manager.ready(&status);
-        let mut told = pin!(told);
         loop {
             tokio::select! {
                 () = &mut told => break,
-                _ = hangup.recv() => {}
+                _ = hangup.recv() => {
+                    manager.reloading();
+                    server.reopen_logs();
+                    // They are files of their own, and don't wait for the settings to be right.
+                    if let Some(tls) = server.tls() {
+                        tls.refresh();
+                    }
+                    reload(&mut server, &telemetry, load());
+                    manager.ready(&status);
+                }
             }
-            manager.reloading();
-            server.reopen_logs();
-            if let Some(tls) = &tls {
-                tls.refresh();
-            }
-            warn!(
-                "SIGHUP: certificates are read again and logs reopened, but other settings can't be reloaded yet; restart the server"
-            );
-            manager.ready(&status);
         }
         manager.stopping();
         server.shutdown().await;
         Ok(())
     })?
+}
+
+/// Has the server go by settings that have been read again, and says what became of that.
+fn reload(server: &mut Server, telemetry: &Telemetry, config: Result<ServerConfig, ConfigError>) {
+    let config = match config {
+        Ok(config) => config,
+        Err(error) => return not_reloaded(error),
+    };
+    match server.reload(config) {
+        Ok(Reloaded { changes, draining }) => {
+            if changes.touch(&["log.level"]) {
+                telemetry.set_filter(&server.config().log.level);
+            }
+            reloaded(&changes);
+            if draining > 0 {
+                info!(
+                    agents = draining,
+                    "on ports that the settings give them no longer; each keeps its port until it \
+                     disconnects"
+                );
+            }
+        }
+        Err(error) => not_reloaded(error),
+    }
 }

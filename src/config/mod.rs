@@ -13,6 +13,7 @@
 
 mod agent;
 mod fault;
+mod reload;
 mod server;
 mod sources;
 mod table;
@@ -21,9 +22,10 @@ mod yaml;
 
 pub use agent::{AgentConfig, AgentProcess, DialConfig, DialTls, LocalConfig, LocalTls};
 pub use fault::{ConfigError, Fault, FaultKind, Place};
+pub use reload::Changes;
 pub use server::{HttpConfig, ProcessConfig, ServerConfig, TunnelConfig, TunnelTls};
 pub use sources::Sources;
-pub use table::{Kind, Preset, Role, Setting, environment_name, example, markdown, table};
+pub use table::{Kind, Preset, Reload, Role, Setting, environment_name, example, markdown, table};
 pub use value::{Cidr, HostHeader, HostPort, InvalidValue, LogOutput, PemFile, Scheme, ServiceUrl};
 
 use crate::telemetry::{Filter, Format};

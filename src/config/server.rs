@@ -200,7 +200,7 @@ impl ServerConfig {
     }
 
     /// Reports what can't be meant together. A default that a smaller limit contradicts gives way.
-    fn reconcile(&mut self, faults: &mut Reader) {
+    pub(super) fn reconcile(&mut self, faults: &mut Reader) {
         self.check_ports(faults);
         let Self {
             http, grpc, server, ..

@@ -45,6 +45,37 @@ pub struct Setting {
     pub preset: Preset,
     /// What it is for, and why that default.
     pub about: &'static str,
+    /// When a change to it takes effect.
+    pub reload: Reload,
+}
+
+/// When a change to a [`Setting`] takes effect in a process that is told to read its settings
+/// again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reload {
+    /// At once: for what begins from then on, and for what runs where that can be.
+    Now,
+    /// When the process is started anew; until then the old value holds.
+    Restart,
+}
+
+impl fmt::Display for Reload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Now => "yes",
+            Self::Restart => "restart",
+        })
+    }
+}
+
+impl Setting {
+    /// The same setting, whose changes need a restart.
+    const fn fixed(self) -> Self {
+        Self {
+            reload: Reload::Restart,
+            ..self
+        }
+    }
 }
 
 /// What holds when nobody sets a [`Setting`].
@@ -193,6 +224,7 @@ const fn setting(
         kind,
         preset,
         about,
+        reload: Reload::Now,
     }
 }
 
@@ -209,6 +241,7 @@ const fn unset(
         kind,
         preset,
         about,
+        reload: Reload::Now,
     }
 }
 
@@ -224,6 +257,7 @@ const fn required(
         kind,
         preset,
         about,
+        reload: Reload::Now,
     }
 }
 
@@ -239,7 +273,8 @@ const LOG_FORMAT: Setting = setting(
     Kind::LogFormat,
     "text",
     "Lines for people, or `json`: one object a line, with `timestamp`, `level`, `target`, `message` and the fields.",
-);
+)
+.fixed();
 
 const fn grace(path: &'static str) -> Setting {
     setting(
@@ -258,13 +293,15 @@ static SERVER: &[Setting] = &[
         Kind::Address,
         "127.0.0.1",
         "Address of the admin port. Anything but loopback needs `http.admin_api_key`: the list of agents is nobody else's business.",
-    ),
+    )
+    .fixed(),
     setting(
         "http.port",
         count(0, PORT),
         "8080",
         "The admin port: `/health`, `/ready`, `/agents`, `/metrics`. 0 lets the kernel choose.",
-    ),
+    )
+    .fixed(),
     unset(
         "http.admin_api_key",
         Kind::Secret,
@@ -277,7 +314,8 @@ static SERVER: &[Setting] = &[
         Kind::Address,
         "::",
         "Address of the agents' ports. `::` is every address, IPv4 included: these ports are there to be reached.",
-    ),
+    )
+    .fixed(),
     unset(
         "http.public_host",
         Kind::Host,
@@ -316,7 +354,8 @@ static SERVER: &[Setting] = &[
         "none",
         "/var/lib/silo-proxy/ports.json",
         "Where the server writes down who has which port, so that leases and last ports survive a restart. In a directory that it may write to; two more files appear beside it.",
-    ),
+    )
+    .fixed(),
     unset(
         "http.trusted_proxies",
         Kind::Networks,
@@ -442,19 +481,22 @@ static SERVER: &[Setting] = &[
         Kind::Output,
         "off",
         "One line a request: `stderr`, `stdout`, or the name of a file, which grows at its end and is opened again on SIGHUP. Lines follow `log.format`; their paths are without the query.",
-    ),
+    )
+    .fixed(),
     setting(
         "grpc.host",
         Kind::Address,
         "::",
         "Address of the tunnel port. `::` is every address, IPv4 included; without a credential in `grpc.auth` or `grpc.tls.client_auth`, agents on other hosts are rejected all the same.",
-    ),
+    )
+    .fixed(),
     setting(
         "grpc.port",
         count(0, PORT),
         "9090",
         "The tunnel port, to which agents connect. 0 lets the kernel choose.",
-    ),
+    )
+    .fixed(),
     unset(
         "grpc.auth.shared_token",
         Kind::Secret,
@@ -474,34 +516,39 @@ static SERVER: &[Setting] = &[
         Kind::Flag,
         "false",
         "TLS on the tunnel port (1.2 or 1.3). `silo-proxy certs` makes a private authority and certificates. Agents' ports stay plain HTTP.",
-    ),
+    )
+    .fixed(),
     unset(
         "grpc.tls.cert_file",
         Kind::FileName,
         "none; needed with `enabled`",
         "server.pem",
         "PEM file with the server's certificate and those between it and the authority. Read again when it, the key or the authorities change; tunnels go on.",
-    ),
+    )
+    .fixed(),
     unset(
         "grpc.tls.key_file",
         Kind::FileName,
         "none; needed with `enabled`",
         "server.key",
         "PEM file with the certificate's key.",
-    ),
+    )
+    .fixed(),
     unset(
         "grpc.tls.ca_file",
         Kind::FileName,
         "none",
         "ca.pem",
         "PEM file with the authorities that sign agents' certificates. Use a private one: whoever it signs for gets in.",
-    ),
+    )
+    .fixed(),
     setting(
         "grpc.tls.client_auth",
         Kind::ClientAuth,
         "none",
         "Agents' certificates: `none` asks for none; with `request` one is a credential for the ids it names (a dNSName equal to the id, or the URI `silo:agent:ID`), as good as a token; `require` wants one of every agent, and the token too where `grpc.auth` is set.",
-    ),
+    )
+    .fixed(),
     setting(
         "grpc.handshake_timeout",
         time(),
@@ -531,7 +578,8 @@ static SERVER: &[Setting] = &[
         count(0, 1024),
         "0",
         "Worker threads; 0 is as many as there are cores.",
-    ),
+    )
+    .fixed(),
     grace("server.grace"),
     setting(
         "server.max_buffered",
@@ -555,13 +603,15 @@ static AGENT: &[Setting] = &[
         Kind::HostPort,
         "proxy.example.com:9090",
         "Host and port of the server's tunnel port. Without a port it is 9090.",
-    ),
+    )
+    .fixed(),
     required(
         "grpc.agent_id",
         Kind::Id,
         "agent-1",
         "The id of this agent: letters, digits, `.`, `_` and `-`, in lower case, at most 63.",
-    ),
+    )
+    .fixed(),
     unset(
         "grpc.token",
         Kind::Secret,
@@ -574,35 +624,40 @@ static AGENT: &[Setting] = &[
         Kind::Flag,
         "false",
         "TLS to the server, whose certificate is checked.",
-    ),
+    )
+    .fixed(),
     unset(
         "grpc.tls.ca_file",
         Kind::FileName,
         "the system's certificates",
         "ca.pem",
         "PEM file with the only authorities that may sign the server's certificate. It and the next two are read again at a reconnect when they have changed.",
-    ),
+    )
+    .fixed(),
     unset(
         "grpc.tls.cert_file",
         Kind::FileName,
         "none",
         "agent-1.pem",
         "PEM file with this agent's certificate, for a server that asks for one.",
-    ),
+    )
+    .fixed(),
     unset(
         "grpc.tls.key_file",
         Kind::FileName,
         "none; needed with `cert_file`",
         "agent-1.key",
         "PEM file with the certificate's key.",
-    ),
+    )
+    .fixed(),
     unset(
         "grpc.tls.server_name",
         Kind::Host,
         "the host of `grpc.server_address`",
         "proxy.example.com",
         "The name that the server's certificate must bear.",
-    ),
+    )
+    .fixed(),
     setting(
         "grpc.heartbeat_timeout",
         time(),
@@ -706,8 +761,8 @@ pub fn environment_name(path: &str) -> String {
 
 /// The settings of `role` as a Markdown table, for the README.
 pub fn markdown(role: Role) -> String {
-    let mut text = String::from("| Setting | Default | Value | What it is for |\n");
-    text.push_str("| --- | --- | --- | --- |\n");
+    let mut text = String::from("| Setting | Default | Value | What it is for | SIGHUP |\n");
+    text.push_str("| --- | --- | --- | --- | --- |\n");
     for setting in table(role) {
         let default = match setting.preset {
             Preset::Value(value) => format!("`{value}`"),
@@ -718,9 +773,14 @@ pub fn markdown(role: Role) -> String {
             true => format!("`{0}`, `{0}_file`", setting.path),
             false => format!("`{}`", setting.path),
         };
-        let Setting { kind, about, .. } = setting;
+        let Setting {
+            kind,
+            about,
+            reload,
+            ..
+        } = setting;
         // Writing to a `String` can't fail.
-        let _ = writeln!(text, "| {path} | {default} | {kind} | {about} |");
+        let _ = writeln!(text, "| {path} | {default} | {kind} | {about} | {reload} |");
     }
     text
 }

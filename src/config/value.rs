@@ -252,7 +252,7 @@ impl fmt::Display for Cidr {
 }
 
 /// A file of PEM blocks, read when the configuration was.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct PemFile {
     /// Where it was read, for messages.
     pub path: PathBuf,

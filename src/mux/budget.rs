@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// The bytes that all tunnels of a process together may promise to hold.
 #[derive(Debug)]
 pub struct Pool {
-    limit: usize,
+    limit: AtomicUsize,
     used: AtomicUsize,
 }
 
@@ -12,9 +12,19 @@ impl Pool {
     /// A pool of `limit` bytes.
     pub fn new(limit: usize) -> Arc<Self> {
         Arc::new(Self {
-            limit,
+            limit: AtomicUsize::new(limit),
             used: AtomicUsize::new(0),
         })
+    }
+
+    /// Sets another limit. What is promised beyond it stays promised; nothing more is until enough
+    /// has been given back.
+    pub fn set_limit(&self, limit: usize) {
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    fn limit(&self) -> usize {
+        self.limit.load(Ordering::Relaxed)
     }
 
     /// The bytes promised now, in whole blocks per tunnel.
@@ -23,10 +33,11 @@ impl Pool {
     }
 
     fn take(&self, bytes: usize) -> bool {
-        // Relaxed throughout: the number guards memory use, not other memory.
+        // Relaxed throughout: the numbers guard memory use, not other memory.
+        let limit = self.limit();
         self.used
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-                used.checked_add(bytes).filter(|total| *total <= self.limit)
+                used.checked_add(bytes).filter(|total| *total <= limit)
             })
             .is_ok()
     }
@@ -117,7 +128,7 @@ impl Budget {
     /// Loans stop when half of everything is promised: the other half is for new exchanges.
     fn lendable(&self) -> usize {
         let here = (self.limit / 2).saturating_sub(self.used);
-        let there = (self.pool.limit / 2).saturating_sub(self.pool.used());
+        let there = (self.pool.limit() / 2).saturating_sub(self.pool.used());
         here.min(there)
     }
 

@@ -45,7 +45,7 @@ pub use self::state_file::StateFileError;
 use self::state_file::{Moment, Signal, StateFile};
 use self::worker::{Job, JobSender, Shared, Worker};
 use crate::auth::ApiKey;
-use crate::config::ServerConfig;
+use crate::config::{Changes, ConfigError, ServerConfig};
 use crate::headers::RequestIds;
 use crate::metrics::{Metrics, Refusal};
 use crate::mux::Pool;
@@ -104,6 +104,27 @@ pub enum StartError {
     Threads(#[from] io::Error),
 }
 
+/// Why new settings could not be taken up; the old ones still hold, all of them.
+#[derive(Debug, Error)]
+pub enum ReloadError {
+    /// What can't change while the server runs contradicts what can.
+    #[error("what needs a restart to change contradicts the rest: {0}")]
+    Contradiction(#[from] ConfigError),
+    /// The pinned ports contradict each other or the server's own.
+    #[error("http.static_ports: {0}")]
+    Pins(#[from] PinError),
+}
+
+/// What became of new settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reloaded {
+    /// Which settings have changed, and which would have to.
+    pub changes: Changes,
+    /// How many agents are on a port that the settings wouldn't give them any more: they keep it
+    /// until they leave. Always 0 unless something about ports has changed.
+    pub draining: usize,
+}
+
 /// A running server. Dropping it leaves its threads running; end it by [`Server::shutdown`].
 pub struct Server {
     admin_address: SocketAddr,
@@ -120,6 +141,8 @@ pub struct Server {
     /// To the thread that writes the state file, if there is one.
     saver: Option<Arc<Signal>>,
     admin: Admin,
+    /// The admin port's, to be replaced.
+    api_key: Arc<ArcSwap<ApiKey>>,
 }
 
 impl Server {
@@ -173,10 +196,7 @@ impl Server {
             pool: Pool::new(config.server.max_buffered),
             tls: tls.clone(),
             visitors: AtomicUsize::new(0),
-            addresses: config
-                .http
-                .max_connections_per_address
-                .map(|_| DashMap::new()),
+            addresses: DashMap::new(),
             handshakes: Mutex::new(BTreeMap::new()),
             tunnels: (0..worker_count).map(|_| AtomicUsize::new(0)).collect(),
             sweeps: (0..worker_count).map(|_| Arc::new(Notify::new())).collect(),
@@ -249,11 +269,13 @@ impl Server {
                 .name("silo-state".into())
                 .spawn(keep)?;
         }
+        let api_key = ApiKey::new(shared.config().http.admin_api_key.clone());
+        let api_key = Arc::new(ArcSwap::from_pointee(api_key));
         let state = AdminState {
             directory,
             metrics,
             readiness: readiness.clone(),
-            api_key: ApiKey::new(shared.config().http.admin_api_key.clone()),
+            api_key: api_key.clone(),
         };
         let admin = Admin::start(admin_listener, state, stop_admin.clone().cancelled_owned())?;
         serving.release();
@@ -284,6 +306,7 @@ impl Server {
             threads,
             saver,
             admin,
+            api_key,
         })
     }
 
@@ -305,6 +328,37 @@ impl Server {
     /// The counters.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.shared.metrics
+    }
+
+    /// The settings that hold now.
+    pub fn config(&self) -> Arc<ServerConfig> {
+        self.shared.config_to_keep()
+    }
+
+    /// Goes by `new` settings from now on, except for those that can't change while the server
+    /// runs; on an error by none of them. Connections, sessions and requests that have begun keep
+    /// the limits with which they began where [`table`](crate::config::table) doesn't say
+    /// otherwise, and a session whose credential has changed goes on. `log.level` is left to whoever
+    /// started the log.
+    pub fn reload(&mut self, new: ServerConfig) -> Result<Reloaded, ReloadError> {
+        let (config, changes) = self.config().replaced_by(new)?;
+        let mut draining = 0;
+        if changes.touch(&[
+            "http.agent_port_range.start",
+            "http.agent_port_range.end",
+            "http.static_ports",
+            "http.port_lease",
+        ]) {
+            draining = self.shared.registry.reconfigure(&config)?;
+        }
+        // From here on nothing can fail.
+        self.shared.pool.set_limit(config.server.max_buffered);
+        let api_key = ApiKey::new(config.http.admin_api_key.clone());
+        self.api_key.store(Arc::new(api_key));
+        self.shared.config.store(Arc::new(config));
+        // Visitors of ports that have been released are to notice.
+        self.shared.sweep_all();
+        Ok(Reloaded { changes, draining })
     }
 
     /// Opens the file of the access log again, after something such as logrotate has moved it

@@ -97,6 +97,8 @@ pub(super) struct Registry {
     changed: Notify,
     /// Time in the allocator counts from here.
     epoch: Instant,
+    /// The server's own ports.
+    reserved: BTreeSet<u16>,
     /// The word to whoever writes the state file, if there is one.
     saver: Option<Arc<Signal>>,
     /// For the rows of leases from before a restart: when they were written, and the host of
@@ -123,6 +125,16 @@ struct State {
     /// The allocator's first timer, as whoever keeps house was told last.
     timer: Option<Duration>,
     draining: bool,
+}
+
+fn ports_config(config: &ServerConfig, reserved: BTreeSet<u16>) -> ports::Config {
+    ports::Config {
+        range: config.http.agent_port_range.clone(),
+        pinned: config.http.static_ports.clone(),
+        reserved,
+        lease: config.http.port_lease,
+        foreign_retry: ports::Config::FOREIGN_RETRY,
+    }
 }
 
 struct Member {
@@ -153,13 +165,7 @@ impl Registry {
         memory: Option<Memory>,
         saver: Option<Arc<Signal>>,
     ) -> Result<Arc<Self>, PinError> {
-        let mut allocator = Allocator::new(ports::Config {
-            range: config.http.agent_port_range.clone(),
-            pinned: config.http.static_ports.clone(),
-            reserved,
-            lease: config.http.port_lease,
-            foreign_retry: ports::Config::FOREIGN_RETRY,
-        })?;
+        let mut allocator = Allocator::new(ports_config(config, reserved.clone()))?;
         let restored_at = memory
             .as_ref()
             .map_or(SystemTime::now(), |memory| memory.written);
@@ -186,6 +192,7 @@ impl Registry {
             acceptor: OnceLock::new(),
             changed: Notify::new(),
             epoch: Instant::now(),
+            reserved,
             saver,
             restored: (
                 restored_at.min(SystemTime::now()),
@@ -200,6 +207,18 @@ impl Registry {
     pub(super) fn set_acceptor(&self, acceptor: AcceptorHandle) {
         // Set once, at start.
         let _ = self.acceptor.set(acceptor);
+    }
+
+    /// Goes by the range, pins and lease of new settings from now on, or by none of them if the
+    /// pins can't hold. Says how many agents are where these wouldn't put them, and stay there
+    /// until they leave.
+    pub(super) fn reconfigure(&self, config: &ServerConfig) -> Result<usize, PinError> {
+        let config = ports_config(config, self.reserved.clone());
+        let mut state = self.lock();
+        let now = self.epoch.elapsed();
+        let draining = state.allocator.reconfigure(config, now)?;
+        self.settle(&mut state);
+        Ok(draining)
     }
 
     /// Takes a session in: waits until its port is bound, or says why there is none. A session

@@ -16,6 +16,7 @@ use hyper_util::service::TowerToHyperService;
 use slab::Slab;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -46,8 +47,11 @@ const SWEEP_DELAY: Duration = Duration::from_millis(20);
 /// How many batches of connections may wait for a worker, at least: as many as there may be
 /// visitors if that is more, since a batch may be a single connection, and a burst that is allowed
 /// isn't to be cut for coming faster than one thread takes it. One more and the batch is dropped,
-/// which closes its connections. Room for them is allocated as they come.
+/// which closes its connections.
 const QUEUE: usize = 1024;
+
+/// The same at most: what `http.max_connections` may be. Room is allocated as connections come.
+const LONGEST_QUEUE: usize = 10_000_000;
 
 /// How many bytes an agent may send before it is welcomed: a hello is a few hundred, with the most
 /// and longest labels 9 KiB, and HTTP/2 adds less than one. More would lie in memory for nobody.
@@ -71,8 +75,8 @@ pub(super) struct Shared {
     pub pool: Arc<Pool>,
     /// Visitors' connections, against `http.max_connections`.
     pub visitors: AtomicUsize,
-    /// Visitors' connections by address, if those are limited.
-    pub addresses: Option<DashMap<std::net::IpAddr, usize>>,
+    /// Visitors' connections by address: those that came while they were limited.
+    pub addresses: DashMap<std::net::IpAddr, usize>,
     /// Tunnel connections that haven't been welcomed, oldest first, against
     /// `grpc.max_handshakes`. Locked when one comes or is done.
     pub(super) handshakes: Mutex<BTreeMap<u64, CancellationToken>>,
@@ -120,7 +124,21 @@ pub(super) enum Job {
 }
 
 /// The queue to a worker.
-pub(super) type JobSender = mpsc::Sender<Job>;
+pub(super) struct JobSender {
+    sender: mpsc::Sender<Job>,
+    shared: Arc<Shared>,
+}
+
+impl JobSender {
+    /// Puts a job into the queue, or gives it back if that is full or the worker has ended.
+    pub(super) fn try_send(&self, job: Job) -> Result<(), TrySendError<Job>> {
+        let waiting = self.sender.max_capacity() - self.sender.capacity();
+        if waiting >= QUEUE.max(self.shared.config().http.max_connections) {
+            return Err(TrySendError::Full(job));
+        }
+        self.sender.try_send(job)
+    }
+}
 
 /// See the module.
 pub(super) struct Worker {
@@ -142,7 +160,11 @@ impl Worker {
         shared: Arc<Shared>,
         request_ids: RequestIds,
     ) -> (Arc<Self>, JobSender, mpsc::Receiver<Job>) {
-        let (sender, jobs) = mpsc::channel(QUEUE.max(shared.config().http.max_connections));
+        let (sender, jobs) = mpsc::channel(LONGEST_QUEUE);
+        let sender = JobSender {
+            sender,
+            shared: shared.clone(),
+        };
         let worker = Arc::new(Self {
             index,
             sweep: shared.sweeps[index].clone(),

@@ -11,6 +11,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -21,18 +22,17 @@ use super::{Context, problem};
 use crate::auth::ApiKey;
 
 /// Turns away requests without an unambiguous host (RFC 9112, section 3.2), and without a key
-/// those that a page of another host could have sent.
+/// those that a page of another host could have sent. The key that holds now holds for the whole
+/// request: [`check_key`] finds it there.
 pub(super) async fn check_host(
     State(context): State<Arc<Context>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
-    let checked = check(
-        request.version(),
-        request.uri(),
-        request.headers(),
-        context.state.api_key.is_open().then_some(context.bound),
-    );
+    let key = context.state.api_key.load_full();
+    let bound = key.is_open().then_some(context.bound);
+    request.extensions_mut().insert(key);
+    let checked = check(request.version(), request.uri(), request.headers(), bound);
     match checked {
         Ok(()) => next.run(request).await,
         Err((status, detail)) => problem(status, detail),
@@ -41,11 +41,11 @@ pub(super) async fn check_host(
 
 /// Turns away requests without the key, if there is one.
 pub(super) async fn check_key(
-    State(context): State<Arc<Context>>,
+    Extension(key): Extension<Arc<ApiKey>>,
     request: Request,
     next: Next,
 ) -> Response {
-    if shows_key(&context.state.api_key, request.headers()) {
+    if shows_key(&key, request.headers()) {
         return next.run(request).await;
     }
     let detail = "this server asks for its API key, as X-API-Key or Authorization: Bearer";

@@ -26,6 +26,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::rejection::PathRejection;
@@ -57,8 +58,8 @@ pub struct AdminState {
     /// What `GET /ready` answers.
     pub readiness: Arc<Readiness>,
     /// Asked for on everything but `GET /health`; without one, everybody who can connect may read,
-    /// unless it may be a web page of another host.
-    pub api_key: ApiKey,
+    /// unless it may be a web page of another host. A request takes it once.
+    pub api_key: Arc<ArcSwap<ApiKey>>,
 }
 
 /// The running admin port.
@@ -167,7 +168,7 @@ fn router(context: Arc<Context>) -> Router {
         .route("/agents/{id}", get(agent))
         .route("/metrics", get(scrape))
         .fallback(unknown)
-        .layer(middleware::from_fn_with_state(context.clone(), check_key));
+        .layer(middleware::from_fn(check_key));
     Router::new()
         .route("/health", get(health))
         .merge(keyed)

@@ -36,7 +36,7 @@ impl Server {
             directory: Arc::clone(&directory),
             metrics: Arc::clone(&metrics),
             readiness: Arc::clone(&readiness),
-            api_key: ApiKey::new(api_key),
+            api_key: Arc::new(ArcSwap::from_pointee(ApiKey::new(api_key))),
         };
         let (stop, stopped) = oneshot::channel();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

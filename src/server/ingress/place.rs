@@ -22,7 +22,8 @@ pub(super) struct Place {
     pub(super) tenancy: Arc<Tenancy>,
     pub(super) watched: Arc<Watched>,
     key: usize,
-    address: IpAddr,
+    /// The address it is counted under, if those were limited when it came.
+    address: Option<IpAddr>,
 }
 
 impl Place {
@@ -38,7 +39,8 @@ impl Place {
         let all = shared.visitors.fetch_add(1, Relaxed);
         tenancy.stats.connections_open.inc();
         worker.metrics().connections_open.inc();
-        let of_address = count_address(shared, address);
+        let address = limits.max_connections_per_address.map(|_| address);
+        let of_address = address.map_or(0, |address| count_address(shared, address));
         // From here on dropping it undoes the counting.
         let place = Self {
             worker: worker.clone(),
@@ -136,8 +138,8 @@ impl Drop for Place {
         shared.visitors.fetch_sub(1, Relaxed);
         self.tenancy.stats.connections_open.dec();
         self.worker.metrics().connections_open.dec();
-        if let Some(addresses) = &shared.addresses {
-            addresses.remove_if_mut(&self.address, |_, count| {
+        if let Some(address) = &self.address {
+            shared.addresses.remove_if_mut(address, |_, count| {
                 *count = count.saturating_sub(1);
                 *count == 0
             });
@@ -145,12 +147,9 @@ impl Drop for Place {
     }
 }
 
-/// Counts one more connection from an address, if those are limited, and says how many there are.
+/// Counts one more connection from an address, and says how many there are.
 fn count_address(shared: &Shared, address: IpAddr) -> usize {
-    let Some(addresses) = &shared.addresses else {
-        return 0;
-    };
-    let mut count = addresses.entry(address).or_default();
+    let mut count = shared.addresses.entry(address).or_default();
     *count += 1;
     *count
 }
