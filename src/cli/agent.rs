@@ -1,13 +1,15 @@
 //! `silo-proxy agent`: keeps a local service reachable through a server, until told to stop.
 
 use std::path::PathBuf;
+use std::pin::pin;
 
 use super::{
-    ConfigArg, Failure, Outcome, block_on, raise_descriptor_limit, say, sources, start_log,
-    told_to_stop,
+    ConfigArg, Failure, Outcome, block_on, not_reloaded, raise_descriptor_limit, reloaded, say,
+    sources, start_log, told_to_reload, told_to_stop,
 };
-use crate::agent::{Agent, Event};
-use crate::config::{AgentConfig, Sources};
+use crate::agent::{Agent, Event, Reloader};
+use crate::config::{AgentConfig, ConfigError, Sources};
+use crate::telemetry::Telemetry;
 
 /// Run an agent: it makes a local service reachable through a server
 #[derive(Debug, clap::Args)]
@@ -70,22 +72,47 @@ pub(super) fn run(args: AgentArgs) -> Outcome {
         None => sources(args.file.config.as_deref()),
         Some(What::Http(http)) => http.sources(),
     };
-    let config = AgentConfig::load(&sources)?;
-    start_log(&config.log)?;
+    let load = || AgentConfig::load(&sources);
+    let config = load()?;
+    let telemetry = start_log(&config.log)?;
     raise_descriptor_limit();
-    let service = config.local.service_url.to_string();
-    let agent = Agent::new(config)
-        .map_err(Failure::usage)?
-        .on_event(move |event| {
-            // The rest is in the log.
-            if let Event::Connected { public_url, .. } = event {
-                say(format_args!("{public_url} -> {service}"));
-            }
-        });
+    let agent = Agent::new(config).map_err(Failure::usage)?;
+    let reloader = agent.reloader();
+    let settings = reloader.clone();
+    let agent = agent.on_event(move |event| {
+        // The rest is in the log.
+        if let Event::Connected { public_url, .. } = event {
+            let service = settings.config().local.service_url;
+            say(format_args!("{public_url} -> {service}"));
+        }
+    });
     block_on(async {
-        agent.run(told_to_stop()?).await;
-        Ok(())
+        let mut hangup = told_to_reload()?;
+        let mut running = pin!(agent.run(told_to_stop()?));
+        loop {
+            tokio::select! {
+                () = &mut running => return Ok(()),
+                _ = hangup.recv() => reload(&reloader, &telemetry, load()),
+            }
+        }
     })?
+}
+
+/// Has the agent go by settings that have been read again, and says what became of that.
+fn reload(reloader: &Reloader, telemetry: &Telemetry, config: Result<AgentConfig, ConfigError>) {
+    let config = match config {
+        Ok(config) => config,
+        Err(error) => return not_reloaded(error),
+    };
+    match reloader.reload(config) {
+        Ok(changes) => {
+            if changes.touch(&["log.level"]) {
+                telemetry.set_filter(&reloader.config().log.level);
+            }
+            reloaded(&changes);
+        }
+        Err(error) => not_reloaded(error),
+    }
 }
 
 impl HttpArgs {
