@@ -24,7 +24,7 @@
 //! | 3 link | [`link`]: a session behind a short lock, and the tasks that wait for it |
 //! | 2 edges | [`config`], [`wire`] (Protocol Buffers), [`net`] (sockets, TLS, the acceptor), [`metrics`], [`telemetry`] |
 //! | 1 cores, no I/O, no clock | [`mux`] (the protocol), [`http1`] (HTTP/1 as values), [`ports`] (who has which port), [`auth`] |
-//! | 0 words | [`id`], [`head`], [`headers`], [`backoff`] |
+//! | 0 words | [`id`], [`head`], [`headers`], [`cors`], [`backoff`] |
 //!
 //! # The way of one request
 //! 1. The accept task takes the visitor's connection from a listening socket, finds the port's
@@ -85,6 +85,7 @@ pub mod auth;
 pub mod backoff;
 pub mod cli;
 pub mod config;
+pub mod cors;
 pub mod head;
 pub mod headers;
 pub mod http1;

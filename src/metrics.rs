@@ -38,6 +38,9 @@ pub struct Metrics {
     pub ports: PortGauges,
     /// Panics that were caught at the edge of a task, so that the process went on.
     pub panics: Counter,
+    /// Lines of the access log that were never written. Counted by its thread and by whoever
+    /// finds its queue full.
+    pub access_log_dropped: Arc<Counter>,
 }
 
 /// The figures of one worker. The alignment keeps two workers off each other's cache lines;
@@ -90,6 +93,7 @@ impl Metrics {
             bind_failures: Counter::default(),
             ports: PortGauges::default(),
             panics: Counter::default(),
+            access_log_dropped: Arc::default(),
         })
     }
 
@@ -590,6 +594,11 @@ impl Collector for Scrape {
             "panics",
             "Panics caught at the edge of a task",
             metrics.panics.get(),
+        )?;
+        out.counter(
+            "access_log_dropped",
+            "Lines of the access log that were never written",
+            metrics.access_log_dropped.get(),
         )
     }
 }

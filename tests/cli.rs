@@ -114,7 +114,7 @@ grpc:
     for line in [
         "server.yaml:2:3: http.prot: no such setting; did you mean http.port?",
         "server.yaml:5:17: http.head_timeout: ",
-        "server.yaml:6:3: http.access_log: not built yet",
+        "server.yaml:6:15: http.access_log: expected `off`, `stderr`, `stdout` or a file name",
         "server.yaml:10:5: grpc.auth.shared_tokn: no such setting; did you mean grpc.auth.shared_token?",
         "http.agent_port_range.start (9000) is greater than http.agent_port_range.end (8000)",
     ] {
@@ -136,7 +136,6 @@ fn variables_are_checked_as_the_file_is() {
     for (name, value, said) in [
         ("SILO_HTTP_PROT", "1", "SILO_HTTP_PORT"),
         ("SILO_GRPC_TLS_ENABLED", "true", "grpc.tls.cert_file"),
-        ("SILO_HTTP_CORS", "x", "not built yet"),
         ("SILO_SERVER_GRACE", "5", "SILO_SERVER_GRACE"),
         // Others could read who is connected: both ways out are named.
         ("SILO_HTTP_HOST", "0.0.0.0", "http.admin_api_key"),
@@ -434,16 +433,28 @@ fn the_demo_runs_on_the_default_ports_and_on_others() {
 
 #[test]
 fn no_secret_is_ever_written() {
+    secrets_stay_secret("text");
+    secrets_stay_secret("json");
+}
+
+fn secrets_stay_secret(format: &str) {
     const KEY: &str = "k3y-of-the-admin-port";
     const SHARED: &str = "shared-t0ken";
     const OWN: &str = "own-t0ken";
     const WRONG: &str = "wr0ng-token";
+    const COOKIE: &str = "session-c00kie";
+    const PASSWORD: &str = "visitors-passw0rd";
+    const QUERY: &str = "t0ken-of-a-query";
     const EVERYTHING: &str = "trace,h2=trace,hyper=trace,hyper_util=trace,tonic=trace,tower=trace";
     let tokens = format!("own={OWN}");
+    let directory = TempDir::new().unwrap();
+    let access_log = directory.path().join("access.log");
     let server = Server::with(
         port_range(10),
         &[
             ("log.level", EVERYTHING),
+            ("log.format", format),
+            ("http.access_log", access_log.to_str().unwrap()),
             ("http.admin_api_key", KEY),
             ("grpc.auth.shared_token", SHARED),
             ("grpc.auth.tokens", &tokens),
@@ -451,15 +462,19 @@ fn no_secret_is_ever_written() {
     );
     let service = text_service("hello");
     let agent = |id: &str, token: &str| {
-        let settings = [("grpc.token", token), ("log.level", EVERYTHING)];
+        let settings = [
+            ("grpc.token", token),
+            ("log.level", EVERYTHING),
+            ("log.format", format),
+        ];
         server.start_agent(id, &format!("http://{service}"), &settings)
     };
     let welcome = [agent("agent-1", SHARED), agent("own", OWN)];
     let rejected = agent("agent-2", WRONG);
     for agent in &welcome {
-        agent.wait_for(&["connected", "port="]);
+        agent.wait_for(&["connected", "port"]);
     }
-    rejected.wait_for(&["rejected", "reason=auth"]);
+    rejected.wait_for(&["rejected", "auth"]);
     eventually(Duration::from_secs(5), "the agents are listed", || {
         let list = request(server.admin, "GET", "/agents", &[("X-API-Key", KEY)], b"");
         list.text().ends_with(r#""count":2}"#)
@@ -478,8 +493,42 @@ fn no_secret_is_ever_written() {
     let port = row["agents"][0]["port"].as_u64().unwrap();
     let address = SocketAddr::from(([127, 0, 0, 1], u16::try_from(port).unwrap()));
     assert_eq!(get(address, "/").text(), "hello");
+    // What visitors send is theirs.
+    let basic = format!("Basic {PASSWORD}");
+    let headers = [("Cookie", COOKIE), ("Authorization", &basic)];
+    let target = format!("/found?token={QUERY}");
+    let answer = request(address, "POST", &target, &headers, PASSWORD.as_bytes());
+    assert_eq!(answer.status, 200);
+    let malformed = format!("GET {target} HTTP/1.1\r\nCookie {COOKIE}\r\n\r\n");
+    let mut stream = connect(address);
+    stream.write_all(malformed.as_bytes()).unwrap();
+    stream.read_to_end(&mut Vec::new()).unwrap();
+    let mut accesses = String::new();
+    eventually(Duration::from_secs(5), "the requests are logged", || {
+        accesses = fs::read_to_string(&access_log).unwrap();
+        accesses.lines().count() == 3
+    });
+    assert!(accesses.contains("/found") && !accesses.contains('?'));
 
     let mut texts = vec![
+        ("the access log", accesses),
+        // With all of them in the environment.
+        (
+            "the help",
+            run_with(
+                &["server", "--help"],
+                &[
+                    ("SILO_HTTP_ADMIN_API_KEY", KEY),
+                    ("SILO_GRPC_AUTH_SHARED_TOKEN", SHARED),
+                    ("SILO_GRPC_AUTH_TOKENS", &tokens),
+                ],
+            )
+            .1,
+        ),
+        (
+            "an agent's help",
+            run_with(&["agent", "http", "--help"], &[("SILO_GRPC_TOKEN", OWN)]).1,
+        ),
         ("the list", list.text()),
         ("the metrics", metrics.text()),
         ("the refusal", refused.text()),
@@ -500,7 +549,7 @@ fn no_secret_is_ever_written() {
         texts.push(("a fault", text));
     }
     for (what, text) in texts {
-        for secret in [KEY, SHARED, OWN, WRONG, "s3cret"] {
+        for secret in [KEY, SHARED, OWN, WRONG, COOKIE, PASSWORD, QUERY, "s3cret"] {
             assert!(!text.contains(secret), "{what} holds {secret:?}:\n{text}");
         }
     }

@@ -13,9 +13,10 @@ use std::time::Duration;
 
 use silo_proxy::auth::ClientAuth;
 use silo_proxy::config::{
-    AgentConfig, ConfigError, Fault, FaultKind, HostHeader, Kind, Place, Preset, Role,
+    AgentConfig, ConfigError, Fault, FaultKind, HostHeader, Kind, LogOutput, Place, Preset, Role,
     ServerConfig, Sources, environment_name, example, markdown, table,
 };
+use silo_proxy::cors::Origins;
 use silo_proxy::id::{AgentId, Secret};
 use silo_proxy::telemetry::{Filter, Format};
 use tempfile::TempDir;
@@ -218,7 +219,6 @@ fn every_setting_has_a_variable() {
         // Every setting at its default, or its example, through the environment.
         let variables: Vec<(String, String)> = table(role)
             .iter()
-            .filter(|setting| setting.kind != Kind::NotBuilt)
             .filter(|setting| !matches!(setting.kind, Kind::Certificates | Kind::FileName))
             .filter(|setting| !setting.path.ends_with(".tls.server_name"))
             .map(|setting| {
@@ -284,18 +284,86 @@ fn unknown_keys_are_told_all_at_once_with_the_nearest() {
 }
 
 #[test]
-fn settings_of_later_versions_are_refused() {
-    let yaml = "http:\n  cors: {origins: [a]}\n  access_log: true\n";
-    let found = faults(server(yaml));
-    assert_eq!(found.len(), 2, "{found:#?}");
-    assert!(found.iter().all(|fault| fault.kind == FaultKind::NotBuilt));
-    assert!(shown(&found[0]).starts_with("silo.yaml:2:3: http.cors: not built yet"));
-    assert!(
-        fault(server_from(&[("SILO_HTTP_CORS_ORIGINS", "x")]))
-            .starts_with("SILO_HTTP_CORS_ORIGINS: http.cors is not built yet")
-    );
-    let flag = Sources::none().flag("http.cors", "--cors", "x");
-    assert!(fault(ServerConfig::load(&flag)).starts_with("--cors: http.cors is not built yet"));
+fn cors_is_off_until_origins_are_named() {
+    let cors = |text: &str| server(&format!("http: {{cors: {{{text}}}}}"));
+    assert!(server("").unwrap().http.cors.is_none());
+
+    let policy = cors("allowed_origins: [https://app.example.com]").unwrap();
+    let policy = policy.http.cors.unwrap();
+    let origin = "https://app.example.com".parse().unwrap();
+    assert_eq!(policy.origins, Origins::Only(vec![origin]));
+    assert_eq!(policy.methods.len(), 6);
+    assert!(policy.headers.is_empty());
+    assert!(!policy.credentials);
+    assert_eq!(policy.max_age, Duration::from_secs(600));
+
+    let environment = server_from(&[
+        ("SILO_HTTP_CORS_ALLOWED_ORIGINS", "http://a, http://b"),
+        ("SILO_HTTP_CORS_ALLOWED_METHODS", "GET,PURGE"),
+        ("SILO_HTTP_CORS_ALLOWED_HEADERS", "X-A,X-B"),
+        ("SILO_HTTP_CORS_ALLOW_CREDENTIALS", "true"),
+        ("SILO_HTTP_CORS_MAX_AGE", "1m"),
+    ]);
+    let policy = environment.unwrap().http.cors.unwrap();
+    assert!(matches!(&policy.origins, Origins::Only(two) if two.len() == 2));
+    assert_eq!(policy.methods, ["GET", "PURGE"]);
+    assert_eq!(policy.headers, ["X-A", "X-B"]);
+    assert!(policy.credentials);
+    assert_eq!(policy.max_age, Duration::from_secs(60));
+
+    let any = cors("allowed_origins: '*'").unwrap();
+    assert_eq!(any.http.cors.unwrap().origins, Origins::Any);
+    for (text, said) in [
+        ("allowed_origins: ['*', 'http://a']", "keep either"),
+        (
+            "allowed_origins: '*', allow_credentials: true",
+            "name the origins",
+        ),
+        (
+            "allowed_origins: [a.example]",
+            "expected an origin as browsers send it",
+        ),
+        (
+            "allowed_origins: ['null']",
+            "expected an origin as browsers send it",
+        ),
+        (
+            "allowed_origins: '*', allowed_methods: ['G T']",
+            "expected a method",
+        ),
+        (
+            "allowed_origins: '*', allowed_headers: ['a b']",
+            "expected a header name",
+        ),
+        ("max_age: 1h", "it has no effect"),
+    ] {
+        let fault = fault(cors(text));
+        assert!(fault.contains(said), "{text}: {fault}");
+    }
+}
+
+#[test]
+fn the_access_log_goes_to_a_stream_or_a_file() {
+    let output = |text: &str| server(&format!("http: {{access_log: {text}}}"));
+    assert_eq!(server("").unwrap().http.access_log, None);
+    assert_eq!(output("off").unwrap().http.access_log, None);
+    let stderr = output("stderr").unwrap().http.access_log;
+    assert_eq!(stderr, Some(LogOutput::Stderr));
+    let stdout = output("stdout").unwrap().http.access_log;
+    assert_eq!(stdout, Some(LogOutput::Stdout));
+
+    // Beside the file that names it, and in the working directory.
+    let files = Files::new("http: {access_log: access.log}");
+    let in_file = ServerConfig::load(&files.sources()).unwrap();
+    let Some(LogOutput::File(path)) = in_file.http.access_log else {
+        panic!("no file");
+    };
+    assert!(path.is_absolute() && path.ends_with("access.log"));
+    let variable = server_from(&[("SILO_HTTP_ACCESS_LOG", "access.log")]).unwrap();
+    let expected = Some(LogOutput::File("access.log".into()));
+    assert_eq!(variable.http.access_log, expected);
+
+    assert!(fault(output("true")).contains("expected `off`, `stderr`, `stdout` or a file name"));
 }
 
 #[test]

@@ -17,6 +17,7 @@ const ROOMS: &[(&str, u8)] = &[
     ("id", 0),
     ("backoff", 0),
     ("headers", 0),
+    ("cors", 0),
     ("head", 0),
     // Cores: state machines without I/O.
     ("mux", 1),

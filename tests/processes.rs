@@ -296,7 +296,7 @@ fn an_agents_death_is_told_to_its_visitors_within_a_second() {
     }
     server
         .process
-        .wait_for(&["agent deregistered", "agent=agent-1"]);
+        .wait_for(&["agent deregistered", "agent_id=agent-1"]);
     eventually(Duration::from_secs(2), "the port is closed", || {
         refuses(agent.address())
     });

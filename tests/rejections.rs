@@ -174,7 +174,7 @@ fn a_server_turns_agents_of_other_versions_away() {
             server.tunnel,
             Hello {
                 version,
-                agent_id: "from-another-time".into(),
+                agent_id: format!("from-time-{version}"),
                 ..Hello::default()
             },
         );
@@ -184,7 +184,7 @@ fn a_server_turns_agents_of_other_versions_away() {
         let line = server.process.wait_for(&[
             "WARN",
             "agent rejected",
-            "agent=from-another-time",
+            &format!("agent_id=from-time-{version} "),
             "reason=version",
             &format!("the agent version {version}:"),
         ]);

@@ -150,7 +150,7 @@ fn a_stopped_agent_is_noticed_and_comes_back_to_its_port() {
     eventually(NOTICE, "the server notices", || {
         server
             .process
-            .count(&["agent deregistered", "agent=agent-2"])
+            .count(&["agent deregistered", "agent_id=agent-2"])
             > 0
     });
     // Not for less than three lost heartbeats.

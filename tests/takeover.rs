@@ -53,7 +53,7 @@ fn of_a_storm_of_sessions_the_last_stays_and_the_port_is_never_closed() {
     }
     server
         .process
-        .wait_for_nth(STORM, &["agent registered", "agent=agent-1"]);
+        .wait_for_nth(STORM, &["agent registered", "agent_id=agent-1"]);
     // All but one are told.
     let told = |process: &common::Process| process.count(&["rejected", "reason=replaced"]);
     eventually(PATIENCE, "all but one are turned out", || {

@@ -213,7 +213,7 @@ impl Agent {
                     let welcome = &session.welcome;
                     last_port = welcome.port;
                     let since = Instant::now();
-                    info!(agent = %self.id, port = welcome.port, url = %welcome.public_url, "connected");
+                    info!(agent_id = %self.id, port = welcome.port, url = %welcome.public_url, "connected");
                     self.report(Event::Connected {
                         port: welcome.port,
                         public_url: welcome.public_url.clone(),
@@ -242,28 +242,30 @@ impl Agent {
     }
 
     fn report_end(&self, ended: Lost, retry_in: Duration) {
-        let agent = &self.id;
+        let agent_id = &self.id;
         let retry = Seconds(retry_in);
         let (reason, detail) = match ended {
             Lost::Rejected { reason, detail, .. } => (reason, detail),
             why => {
                 match tls_advice(&why) {
                     Some(advice) => {
-                        error!(%agent, %why, retry_in = %retry, "no tunnel; {advice}");
+                        error!(%agent_id, %why, retry_in = %retry, "no tunnel; {advice}");
                     }
-                    None => info!(%agent, %why, retry_in = %retry, "disconnected"),
+                    None => info!(%agent_id, %why, retry_in = %retry, "disconnected"),
                 }
                 return self.report(Event::Disconnected { why, retry_in });
             }
         };
         match advice(reason) {
             Some((true, advice)) => {
-                error!(%agent, reason = %reason.as_str(), detail, retry_in = %retry, "rejected; {advice}");
+                error!(%agent_id, reason = %reason.as_str(), detail, retry_in = %retry, "rejected; {advice}");
             }
             Some((false, advice)) => {
-                warn!(%agent, reason = %reason.as_str(), detail, retry_in = %retry, "rejected; {advice}");
+                warn!(%agent_id, reason = %reason.as_str(), detail, retry_in = %retry, "rejected; {advice}");
             }
-            None => info!(%agent, reason = %reason.as_str(), detail, retry_in = %retry, "rejected"),
+            None => {
+                info!(%agent_id, reason = %reason.as_str(), detail, retry_in = %retry, "rejected")
+            }
         }
         self.report(Event::Rejected {
             reason,

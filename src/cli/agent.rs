@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 use std::pin::pin;
+use std::sync::Arc;
 
+use super::notify::Manager;
 use super::{
     ConfigArg, Failure, Outcome, block_on, not_reloaded, raise_descriptor_limit, reloaded, say,
     sources, start_log, told_to_reload, told_to_stop,
@@ -76,19 +78,32 @@ pub(super) fn run(args: AgentArgs) -> Outcome {
     let config = load()?;
     let telemetry = start_log(&config.log)?;
     raise_descriptor_limit();
+    let manager = Arc::new(Manager::from_environment());
+    let told = manager.clone();
     let agent = Agent::new(config).map_err(Failure::usage)?;
     let reloader = agent.reloader();
     let settings = reloader.clone();
-    let agent = agent.on_event(move |event| {
-        // The rest is in the log.
-        if let Event::Connected { public_url, .. } = event {
+    let agent = agent.on_event(move |event| match event {
+        Event::Connected { public_url, .. } => {
             let service = settings.config().local.service_url;
+            // The rest is in the log.
             say(format_args!("{public_url} -> {service}"));
+            told.status(format_args!("{public_url} leads to {service}"));
         }
+        Event::Rejected { reason, detail, .. } => {
+            told.status(format_args!("rejected, {}: {detail}", reason.as_str()));
+        }
+        Event::Disconnected { why, .. } => told.status(format_args!("not connected: {why}")),
     });
     block_on(async {
+        let stop = told_to_stop()?;
         let mut hangup = told_to_reload()?;
-        let mut running = pin!(agent.run(told_to_stop()?));
+        // A server that is away is no fault of this process: it is ready once it tries.
+        manager.ready("connecting");
+        let mut running = pin!(agent.run(async {
+            stop.await;
+            manager.stopping();
+        }));
         loop {
             tokio::select! {
                 () = &mut running => return Ok(()),

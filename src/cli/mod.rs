@@ -5,6 +5,7 @@ pub mod agents;
 mod certs;
 mod check;
 mod demo;
+mod notify;
 mod server;
 pub mod services;
 mod swarm;
@@ -17,7 +18,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing::{error, info, warn};
+use tracing::{Level, enabled, error, info, warn};
 
 use crate::config::{Changes, ConfigError, LogConfig, Sources};
 use crate::telemetry::{self, Telemetry};
@@ -63,16 +64,22 @@ pub fn run() -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Swarm(args) => swarm::run(args),
     };
-    // Before the last word on standard error, and before the process is gone.
-    telemetry::flush();
-    match outcome {
+    let code = match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            // With nobody to read it, the exit code has to do.
-            let _ = writeln!(std::io::stderr(), "silo-proxy: {}", failure.message);
-            ExitCode::from(failure.code)
+            let Failure { message, code } = failure;
+            if enabled!(Level::ERROR) {
+                error!("{message}");
+            } else {
+                // There is no log yet. With nobody to read it, the exit code has to do.
+                let _ = writeln!(std::io::stderr(), "silo-proxy: {message}");
+            }
+            ExitCode::from(code)
         }
-    }
+    };
+    // Before the process is gone.
+    telemetry::flush();
+    code
 }
 
 /// Why a command ended without success: what to say, and the exit code.

@@ -4,6 +4,7 @@ use std::pin::pin;
 
 use tracing::info;
 
+use super::notify::Manager;
 use super::{
     ConfigArg, Failure, Outcome, block_on, not_reloaded, raise_descriptor_limit, reloaded, sources,
     start_log, told_to_reload, told_to_stop,
@@ -41,18 +42,29 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
             StartError::Tls(fault) => Failure::usage(fault),
             error => Failure::failed(error),
         })?;
+        let manager = Manager::from_environment();
+        let status = format!(
+            "serving: agents connect to {}, the admin port is {}",
+            server.tunnel_address(),
+            server.admin_address()
+        );
+        manager.ready(&status);
         loop {
             tokio::select! {
                 () = &mut told => break,
                 _ = hangup.recv() => {
+                    manager.reloading();
+                    server.reopen_logs();
                     // They are files of their own, and don't wait for the settings to be right.
                     if let Some(tls) = server.tls() {
                         tls.refresh();
                     }
                     reload(&mut server, &telemetry, load());
+                    manager.ready(&status);
                 }
             }
         }
+        manager.stopping();
         server.shutdown().await;
         Ok(())
     })?

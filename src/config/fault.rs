@@ -37,8 +37,6 @@ pub enum FaultKind {
         /// The valid one that looks most like it.
         nearest: Option<String>,
     },
-    /// A documented setting that this version doesn't have yet.
-    NotBuilt,
     /// The same key twice.
     Duplicate,
     /// A value of the wrong type, out of range, or badly written.

@@ -7,13 +7,15 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::auth::{ClientAuth, Policy};
+use crate::cors::{Cors, InvalidOrigin, Origin, Origins};
+use crate::headers::is_token;
 use crate::id::{AgentId, Secret};
 
 use super::LogConfig;
 use super::fault::ConfigError;
 use super::sources::{Reader, Sources, TLS_ENABLED, secret, tls_is_off};
 use super::table::Role;
-use super::value::{self, Cidr, InvalidValue};
+use super::value::{self, Cidr, InvalidValue, LogOutput};
 
 /// Everything a server is told; the fields mirror the sections of the file.
 #[derive(Debug, Clone)]
@@ -79,6 +81,11 @@ pub struct HttpConfig {
     pub send_timeout: Duration,
     /// `http.max_body`: bytes of one request's body; more get 413. `None`: no limit.
     pub max_body: Option<u64>,
+    /// `http.cors`: whose pages may read answers from agents' ports. `None`: that is left to the
+    /// services.
+    pub cors: Option<Cors>,
+    /// `http.access_log`: where a line for each request goes. `None`: nowhere.
+    pub access_log: Option<LogOutput>,
 }
 
 /// Section `grpc` of a server.
@@ -166,6 +173,8 @@ impl ServerConfig {
                 idle_timeout: from.time("http.idle_timeout"),
                 send_timeout: from.time("http.send_timeout"),
                 max_body: from.limit("http.max_body"),
+                cors: cors(from),
+                access_log: from.output("http.access_log"),
             },
             grpc: TunnelConfig {
                 host: from.value("grpc.host", value::address),
@@ -351,6 +360,87 @@ fn at_most(
         faults.contradiction(&[part, whole], text);
     }
     *value = limit.min(*value);
+}
+
+/// Reads `http.cors`. Without origins the rest of it means nothing, so nobody may set it.
+fn cors(from: &mut Reader) -> Option<Cors> {
+    const ORIGINS: &str = "http.cors.allowed_origins";
+    const CREDENTIALS: &str = "http.cors.allow_credentials";
+    let mut any = false;
+    let mut listed = Vec::new();
+    for origin in from.list(ORIGINS, origin) {
+        match origin {
+            Some(origin) => listed.push(origin),
+            None => any = true,
+        }
+    }
+    let methods = from.list("http.cors.allowed_methods", method);
+    let headers = from.list("http.cors.allowed_headers", header_name);
+    let credentials = from.value(CREDENTIALS, value::flag);
+    let max_age = from.time("http.cors.max_age");
+
+    if any && !listed.is_empty() {
+        let text = format!("{ORIGINS} has \"*\" for all beside others: keep either");
+        from.contradiction(&[ORIGINS], text);
+    }
+    if any && credentials {
+        let text = format!(
+            "{CREDENTIALS} lets pages read what only their visitor may, so {ORIGINS} can't be \
+             \"*\": name the origins"
+        );
+        from.contradiction(&[ORIGINS, CREDENTIALS], text);
+    }
+    if !any && listed.is_empty() {
+        for path in [
+            "http.cors.allowed_methods",
+            "http.cors.allowed_headers",
+            CREDENTIALS,
+            "http.cors.max_age",
+        ] {
+            if from.is_set(path) {
+                let text = format!("{path} is set, but {ORIGINS} isn't, so it has no effect");
+                from.contradiction(&[path, ORIGINS], text);
+            }
+        }
+        return None;
+    }
+    Some(Cors {
+        origins: if any {
+            Origins::Any
+        } else {
+            Origins::Only(listed)
+        },
+        methods,
+        headers,
+        credentials,
+        max_age,
+    })
+}
+
+/// One origin, or `None` for `*`.
+fn origin(text: &str) -> Result<Option<Origin>, InvalidValue> {
+    match text {
+        "*" => Ok(None),
+        text => text
+            .parse()
+            .map(Some)
+            .map_err(|error: InvalidOrigin| InvalidValue::new(error.to_string())),
+    }
+}
+
+fn method(text: &str) -> Result<String, InvalidValue> {
+    token(text, "expected a method such as GET")
+}
+
+fn header_name(text: &str) -> Result<String, InvalidValue> {
+    token(text, "expected a header name such as Content-Type")
+}
+
+fn token(text: &str, expected: &str) -> Result<String, InvalidValue> {
+    match is_token(text.as_bytes()) {
+        true => Ok(text.to_owned()),
+        false => Err(InvalidValue::new(expected)),
+    }
 }
 
 fn port(text: &str) -> Result<u16, InvalidValue> {

@@ -13,7 +13,7 @@ use crate::id::{AgentId, Secret};
 
 use super::fault::{ConfigError, Fault, FaultKind, Place};
 use super::table::{Kind, Preset, Role, Setting, environment_name, table};
-use super::value::{self, Cidr, InvalidValue, PemFile};
+use super::value::{self, Cidr, InvalidValue, LogOutput, PemFile};
 use super::yaml::{self, Entry, Node, Position, Value};
 
 /// The longest file of a secret or of certificates, in bytes.
@@ -158,9 +158,6 @@ impl Reader {
         for (path, flag, value) in &sources.flags {
             let place = Place::Flag((*flag).to_owned());
             match reader.meaning(path) {
-                Meaning::Setting(setting) if setting.kind == Kind::NotBuilt => {
-                    reader.not_built(setting, place);
-                }
                 Meaning::Setting(_) | Meaning::FileOf(_) => {
                     reader.put(path, Raw::Text(value.clone()), place, Source::Flag);
                 }
@@ -356,31 +353,64 @@ impl Reader {
         values
     }
 
-    /// Addresses and blocks. In a text they are separated by commas.
+    /// Addresses and blocks.
     pub(super) fn networks(&mut self, path: &'static str) -> Vec<Cidr> {
-        let Some(found) = self.found.get(path) else {
-            return Vec::new();
+        self.list(path, str::parse)
+    }
+
+    /// A list of what `parse` reads; nothing if nobody set it and it has no default. In a text
+    /// its parts are separated by commas.
+    pub(super) fn list<T>(
+        &mut self,
+        path: &'static str,
+        parse: impl Fn(&str) -> Result<T, InvalidValue>,
+    ) -> Vec<T> {
+        let split = |text: &str, place: &Place| -> Vec<(String, Place)> {
+            let part = |part: &str| (part.trim().to_owned(), place.clone());
+            text.split(',').map(part).collect()
         };
-        let parts: Vec<(String, Place)> = match &found.raw {
-            Raw::List(items) => items.clone(),
-            Raw::Text(text) => {
-                let part = |part: &str| (part.trim().to_owned(), found.place.clone());
-                text.split(',').map(part).collect()
-            }
-            Raw::Pairs(_) => {
-                let place = found.place.clone();
-                self.invalid(path, place, format!("expected {}", self.setting(path).kind));
-                return Vec::new();
-            }
+        let parts = match (self.found.get(path), self.setting(path).preset) {
+            (Some(found), _) => match &found.raw {
+                Raw::List(items) => items.clone(),
+                Raw::Text(text) => split(text, &found.place),
+                Raw::Pairs(_) => {
+                    let place = found.place.clone();
+                    self.invalid(path, place, format!("expected {}", self.setting(path).kind));
+                    return Vec::new();
+                }
+            },
+            (None, Preset::Value(text)) => split(text, &Place::Nowhere),
+            (None, Preset::Unset { .. } | Preset::Required(_)) => return Vec::new(),
         };
-        let mut networks = Vec::new();
+        let mut values = Vec::new();
         for (text, place) in parts {
-            match text.parse() {
-                Ok(network) => networks.push(network),
+            match parse(&text) {
+                Ok(value) => values.push(value),
                 Err(error) => self.invalid(path, place, format!("{error}; found {text:?}")),
             }
         }
-        networks
+        values
+    }
+
+    /// Where lines go; `None` for `off`.
+    pub(super) fn output(&mut self, path: &'static str) -> Option<LogOutput> {
+        let kind = self.setting(path).kind;
+        let text = self.value(path, |text| match text {
+            // Meant as a switch, it would become a file of that name.
+            "" | "true" | "false" | "on" | "yes" | "no" => {
+                Err(InvalidValue::new(format!("expected {kind}")))
+            }
+            text => Ok(text.to_owned()),
+        });
+        match &*text {
+            "off" => None,
+            "stderr" => Some(LogOutput::Stderr),
+            "stdout" => Some(LogOutput::Stdout),
+            name => {
+                let source = self.found.get(path)?.source;
+                Some(LogOutput::File(self.path_of(name, source)))
+            }
+        }
     }
 
     /// The file whose name stands at `path`. It needn't be there.
@@ -493,17 +523,6 @@ impl Reader {
         self.fault(FaultKind::Unknown { nearest }, place, path, &text);
     }
 
-    fn not_built(&mut self, setting: &Setting, place: Place) {
-        let text = match place {
-            Place::File { .. } => "not built yet: this version can't do it, so leave it out",
-            _ => &format!(
-                "{} is not built yet: this version can't do it, so leave it out",
-                setting.path
-            ),
-        };
-        self.fault(FaultKind::NotBuilt, place, setting.path, text);
-    }
-
     // The file.
 
     fn read_file(&mut self, path: &Path) {
@@ -575,9 +594,6 @@ impl Reader {
                 (Meaning::Section, _) => {
                     let text = "a section: settings stand below it, indented";
                     self.fault(FaultKind::Invalid, at, &path, text);
-                }
-                (Meaning::Setting(setting), _) if setting.kind == Kind::NotBuilt => {
-                    self.not_built(setting, at);
                 }
                 (Meaning::Setting(setting), value) => {
                     let at = place(file, entry.node.at);
@@ -657,19 +673,10 @@ impl Reader {
                 .into_iter()
                 .find(|path| environment_name(path) == name)
         };
-        let below = |setting: &&Setting| {
-            let prefix = environment_name(setting.path);
-            setting.kind == Kind::NotBuilt
-                && name
-                    .strip_prefix(&prefix)
-                    .is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
-        };
         if value.is_empty() {
             return;
         }
-        if let Some(setting) = table(self.role).iter().find(below) {
-            self.not_built(setting, place);
-        } else if let Some(path) = of(self.role) {
+        if let Some(path) = of(self.role) {
             match value.to_str() {
                 Some(value) => {
                     self.put(
@@ -687,11 +694,7 @@ impl Reader {
                     }
                 }
             }
-        } else if of(self.role.other()).is_none()
-            && !table(self.role.other())
-                .iter()
-                .any(|setting| below(&setting))
-        {
+        } else if of(self.role.other()).is_none() {
             let names = keys(self.role).into_iter();
             let nearest = nearest(&name, names.map(|path| environment_name(&path)).collect());
             let text = match &nearest {
@@ -857,8 +860,8 @@ fn sections(role: Role) -> BTreeSet<String> {
 
 /// Every path that may be set, those for files included.
 fn keys(role: Role) -> Vec<String> {
-    let built = table(role).iter().filter(|s| s.kind != Kind::NotBuilt);
-    built
+    table(role)
+        .iter()
         .flat_map(|setting| {
             let file = setting.kind.from_file();
             let file = file.then(|| format!("{}_file", setting.path));

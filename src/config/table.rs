@@ -154,10 +154,16 @@ pub enum Kind {
     Networks,
     /// The name of a file.
     FileName,
+    /// A [`LogOutput`](super::LogOutput), or none.
+    Output,
+    /// An [`Origins`](crate::cors::Origins).
+    Origins,
+    /// Methods of HTTP.
+    Methods,
+    /// Names of header lines.
+    HeaderNames,
     /// A file of certificates.
     Certificates,
-    /// Documented, but not in this version: refused with everything below it.
-    NotBuilt,
 }
 
 impl Kind {
@@ -255,10 +261,6 @@ const fn required(
     }
 }
 
-const fn not_built(path: &'static str, about: &'static str) -> Setting {
-    unset(path, Kind::NotBuilt, "", "", about)
-}
-
 const LEVEL: Setting = setting(
     "log.level",
     Kind::Level,
@@ -305,7 +307,7 @@ static SERVER: &[Setting] = &[
         Kind::Secret,
         "none",
         "change-me",
-        "What callers of the admin port must send as `X-API-Key` or `Authorization: Bearer`.",
+        "What callers of the admin port must send as `X-API-Key` or `Authorization: Bearer`. Without one, the port is asked as `localhost`, `127.0.0.1` or `[::1]` only.",
     ),
     setting(
         "http.agent_host",
@@ -442,8 +444,45 @@ static SERVER: &[Setting] = &[
         "off",
         "Largest body of a request; larger ones get 413. Off, because bodies are streamed and cost no memory.",
     ),
-    not_built("http.cors", "CORS answers on the agents' ports."),
-    not_built("http.access_log", "One line a request."),
+    unset(
+        "http.cors.allowed_origins",
+        Kind::Origins,
+        "no CORS: all is left to the services",
+        "[https://app.example.com]",
+        "Origins whose pages may read answers from agents' ports: as browsers send them, or `\"*\"` for all. With it, preflights are answered by the server and don't reach the agents.",
+    ),
+    setting(
+        "http.cors.allowed_methods",
+        Kind::Methods,
+        "GET, HEAD, POST, PUT, PATCH, DELETE",
+        "Methods that those pages may use.",
+    ),
+    unset(
+        "http.cors.allowed_headers",
+        Kind::HeaderNames,
+        "those that the browser asks for",
+        "[Authorization, Content-Type]",
+        "Header lines that those pages may send.",
+    ),
+    setting(
+        "http.cors.allow_credentials",
+        Kind::Flag,
+        "false",
+        "Whether cookies and credentials go with requests of those pages. Not with `\"*\"`: any page could read what its visitor may.",
+    ),
+    setting(
+        "http.cors.max_age",
+        wait(),
+        "10m",
+        "How long browsers may remember the answer to a preflight. They forget after some hours anyway.",
+    ),
+    setting(
+        "http.access_log",
+        Kind::Output,
+        "off",
+        "One line a request: `stderr`, `stdout`, or the name of a file, which grows at its end and is opened again on SIGHUP. Lines follow `log.format`; their paths are without the query.",
+    )
+    .fixed(),
     setting(
         "grpc.host",
         Kind::Address,
@@ -734,11 +773,12 @@ pub fn markdown(role: Role) -> String {
             true => format!("`{0}`, `{0}_file`", setting.path),
             false => format!("`{}`", setting.path),
         };
-        let reload = match setting.kind {
-            Kind::NotBuilt => String::new(),
-            _ => setting.reload.to_string(),
-        };
-        let Setting { kind, about, .. } = setting;
+        let Setting {
+            kind,
+            about,
+            reload,
+            ..
+        } = setting;
         // Writing to a `String` can't fail.
         let _ = writeln!(text, "| {path} | {default} | {kind} | {about} | {reload} |");
     }
@@ -755,9 +795,6 @@ pub fn example(role: Role) -> String {
     );
     let mut open: Vec<&str> = Vec::new();
     for setting in table(role) {
-        if setting.kind == Kind::NotBuilt {
-            continue;
-        }
         let mut sections: Vec<&str> = setting.path.split('.').collect();
         let name = sections.pop().unwrap_or_default();
         let common = open.iter().zip(&sections).take_while(|(a, b)| a == b);
@@ -841,8 +878,11 @@ impl fmt::Display for Kind {
             Self::Labels => f.write_str("NAME: TEXT pairs"),
             Self::Ports => f.write_str("ID: PORT pairs"),
             Self::Networks => f.write_str("list of addresses and blocks"),
+            Self::Output => f.write_str("`off`, `stderr`, `stdout` or a file name"),
+            Self::Origins => f.write_str("list of origins, or `\"*\"`"),
+            Self::Methods => f.write_str("list of methods"),
+            Self::HeaderNames => f.write_str("list of header names"),
             Self::FileName | Self::Certificates => f.write_str("file name"),
-            Self::NotBuilt => f.write_str("not built yet: refused"),
         }
     }
 }

@@ -90,6 +90,27 @@ impl Scheme {
     }
 }
 
+/// Where the lines of the access log go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LogOutput {
+    /// Standard error, among the lines of the log.
+    Stderr,
+    /// Standard output.
+    Stdout,
+    /// A file, at its end.
+    File(PathBuf),
+}
+
+impl fmt::Display for LogOutput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stderr => f.write_str("stderr"),
+            Self::Stdout => f.write_str("stdout"),
+            Self::File(path) => path.display().fmt(f),
+        }
+    }
+}
+
 /// The local service: a scheme, a host and a port, and nothing else.
 ///
 /// A path would have to be joined with the visitor's raw target, and then the service no longer

@@ -28,6 +28,7 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
 use crate::net::{listen, out_of_descriptors};
+use crate::telemetry::{Told, Who, may_say};
 
 /// How many connections one listener may hand over before the next one has its turn.
 const PER_LISTENER: usize = 64;
@@ -403,7 +404,9 @@ impl<S: Sink> Core<S> {
                 }
                 // Not tried again before the next connection, lest it spins.
                 TurnEnd::Failed(error) => {
-                    warn!(listener = ?name, %error, "can't accept connections");
+                    if let Some(Told { repeated, others }) = may_say("accept", Who::Anybody) {
+                        warn!(listener = ?name, %error, repeated, others, "can't accept connections");
+                    }
                 }
             }
         }

@@ -6,9 +6,10 @@
 //!   :8100 ─┼─► acceptor ─► route ┤                                                     │
 //!   :8101 ─┘        ▲            └─ Visitors ─► HTTP/1 ─► ingress ─► tenancy.link() ───┘
 //!                   │ bind, close
-//!               registry (allocator, members) ─── every 50 ms ───► directory ◄── admin thread
+//!               registry (allocator, members) ── each change ──► directory ◄── admin thread
 //! ```
 
+mod access;
 pub mod admin;
 pub mod directory;
 mod ingress;
@@ -36,6 +37,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use self::access::AccessLog;
 use self::admin::{Admin, AdminState, Readiness};
 use self::directory::Directory;
 use self::registry::Registry;
@@ -89,6 +91,14 @@ pub enum StartError {
     /// The state file can't be used.
     #[error("cannot use http.state_file: {0}")]
     StateFile(#[from] StateFileError),
+    /// The file of the access log could not be opened.
+    #[error("cannot write the access log to {output} (http.access_log): {source}")]
+    AccessLog {
+        /// The file, or the stream.
+        output: String,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// A thread or its runtime could not be set up.
     #[error("cannot start: {0}")]
     Threads(#[from] io::Error),
@@ -175,7 +185,14 @@ impl Server {
             memory,
             saver.clone(),
         )?;
+        let access = config.http.access_log.as_ref().map(|output| {
+            AccessLog::open(output, config.log.format, &metrics).map_err(|source| {
+                let output = output.to_string();
+                StartError::AccessLog { output, source }
+            })
+        });
         let shared = Arc::new(Shared {
+            access: access.transpose()?,
             pool: Pool::new(config.server.max_buffered),
             tls: tls.clone(),
             visitors: AtomicUsize::new(0),
@@ -344,6 +361,14 @@ impl Server {
         Ok(Reloaded { changes, draining })
     }
 
+    /// Opens the file of the access log again, after something such as logrotate has moved it
+    /// away. Until then its lines go to the old one.
+    pub fn reopen_logs(&self) {
+        if let Some(access) = &self.shared.access {
+            access.reopen();
+        }
+    }
+
     /// Drains and ends the server: it isn't ready any more, its ports close, kept-alive
     /// connections are told to, running exchanges have `server.grace` to finish, the rest is cut.
     /// Returns as soon as nothing is running.
@@ -388,6 +413,7 @@ impl Server {
         self.stop_workers.cancel();
         self.stop_admin.cancel();
         let Self {
+            shared,
             threads,
             saver,
             admin,
@@ -403,6 +429,10 @@ impl Server {
                 }
             }
             admin.join();
+            // The last requests ended with their workers.
+            if let Some(access) = &shared.access {
+                access.flush();
+            }
         });
         if joined.await.is_err() {
             error!("could not wait for the threads' end");

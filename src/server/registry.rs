@@ -27,6 +27,7 @@ use crate::id::{AgentId, Generation};
 use crate::metrics::{AgentStats, Metrics, PortState};
 use crate::net::acceptor::{AcceptorHandle, Command, Listener};
 use crate::ports::{self, Allocation, Allocator, Answer, Effect, PinError, Remembered};
+use crate::telemetry::{Told, Who, may_say};
 
 /// The host of an agent's URL when neither the settings nor the agent named one.
 pub(super) const DEFAULT_HOST: &str = "localhost";
@@ -313,7 +314,19 @@ impl Registry {
                 .bound(port, allocation, self.epoch.elapsed()),
             Err(error) => {
                 self.metrics.bind_failures.inc();
-                debug!(port, %error, "port could not be bound");
+                if crate::net::bind_failure(&error) == ports::BindFailure::Descriptors
+                    && let Some(Told { repeated, others }) = may_say("descriptors", Who::Anybody)
+                {
+                    warn!(
+                        port,
+                        %error,
+                        repeated,
+                        others,
+                        "port could not be bound: raise the limit of open files"
+                    );
+                } else {
+                    debug!(port, %error, "port could not be bound");
+                }
                 let now = self.epoch.elapsed();
                 let failure = crate::net::bind_failure(&error);
                 state.allocator.bind_failed(port, allocation, failure, now);
@@ -406,7 +419,17 @@ impl Registry {
                 } => self.reclaimed(state, allocation, port, agent),
                 Effect::Released { allocation, port } => self.released(state, allocation, port),
                 Effect::Foreign { port, failure } => {
-                    warn!(port, ?failure, "port is not ours, skipped for a while");
+                    if let Some(Told { repeated, others }) = may_say("foreign", port) {
+                        let reason = match failure {
+                            ports::BindFailure::InUse => "another program holds it",
+                            ports::BindFailure::Denied => "not allowed to bind it",
+                            _ => "it can't be bound",
+                        };
+                        warn!(
+                            port,
+                            reason, repeated, others, "port is not ours, skipped for a while"
+                        );
+                    }
                 }
             }
         }
@@ -444,6 +467,7 @@ impl Registry {
             reply,
         } = waiting;
         let agent_id = applicant.agent_id.clone();
+        info!(port, %agent_id, "port opened");
         let joined = self.admit(state, applicant, allocation, port, rivals);
         let generation = joined.generation;
         if reply.send(Ok(joined)).is_err()
@@ -511,11 +535,11 @@ impl Registry {
             match (member.session, rivals.judge(applicant.instance)) {
                 (None, _) => {}
                 (Some(session), Newcomer::Reconnect) => {
-                    info!(agent = %agent_id, "agent reconnected; its older session is ended");
+                    info!(%agent_id, generation = generation.0, "agent reconnected; its older session is ended");
                     session.outlived();
                 }
                 (Some(session), Newcomer::Successor | Newcomer::Loser) => {
-                    info!(agent = %agent_id, "session replaced by a newer one of the same agent");
+                    info!(%agent_id, generation = generation.0, "session replaced by a newer one of the same agent");
                     state.replaced.retain(|session| session.strong_count() > 0);
                     state.replaced.push(Arc::downgrade(&session));
                     session.replace();
@@ -565,6 +589,7 @@ impl Registry {
         let stats = AgentStats::new(*seen);
         let tenancy = Tenancy::new(agent_id.clone(), allocation, port, stats.clone());
         self.routes.insert(port, tenancy.clone());
+        info!(port, %agent_id, "port opened for an agent that is away");
         // No session has this number.
         let generation = Generation(0);
         let row = Arc::new(Row {
@@ -601,6 +626,7 @@ impl Registry {
             return;
         };
         tenancy.end();
+        info!(port, agent_id = %tenancy.agent_id, "port closed");
         if state
             .members
             .get(&tenancy.agent_id)

@@ -1,6 +1,7 @@
 //! The server's end of one agent's session: the gRPC service, the handshake, and the outgoing
 //! stream.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,10 +22,13 @@ use crate::auth::Shown;
 use crate::config::ServerConfig;
 use crate::id::{AgentId, MAX_LABEL_LEN, MAX_LABELS};
 use crate::link::{Ended, Link, Observer};
-use crate::metrics::{AgentStats, HandshakeFailure, Rejection as RejectionKind, WorkerMetrics};
+use crate::metrics::{
+    AgentStats, HandshakeFailure, PortState, Rejection as RejectionKind, WorkerMetrics,
+};
 use crate::mux::{Budget, Config, Frame};
 use crate::net::tls::PeerCertificate;
 use crate::ports;
+use crate::telemetry::{Told, Who, may_say};
 use crate::wire::{
     AgentMessage, Hello, OLDEST_VERSION, Rejection, RejectionReason, ServerMessage, VERSION,
     Welcome, tunnel_server,
@@ -195,7 +199,7 @@ async fn run(
         })) => hello,
         Ok(Some(_)) => {
             let rejection = Turned::malformed("the first message has no hello");
-            return turn_away(&worker, &connection, "?", rejection, first);
+            return turn_away(&worker, &connection, ShownId::of(""), rejection, first);
         }
         Ok(None) | Err(_) => {
             let failed = &worker.metrics().handshakes_failed;
@@ -203,16 +207,12 @@ async fn run(
             return;
         }
     };
-    // What is no id may hold anything, so it is escaped.
-    let shown_id = match hello.agent_id.parse::<AgentId>() {
-        Ok(id) => id.to_string(),
-        Err(_) => format!("{:?}", shorten(&hello.agent_id)),
-    };
+    let shown_id = ShownId::of(&hello.agent_id);
     // The session goes by what holds now, in all of its parts.
     let config = worker.shared().config_to_keep();
     let (agent_id, session, joined) = match welcome(&worker, &connection, &config, hello).await {
         Ok(welcomed) => welcomed,
-        Err(rejection) => return turn_away(&worker, &connection, &shown_id, rejection, first),
+        Err(rejection) => return turn_away(&worker, &connection, shown_id, rejection, first),
     };
     connection.welcomed.cancel();
     let Joined {
@@ -221,7 +221,7 @@ async fn run(
         public_url,
         stats,
     } = joined;
-    info!(agent = %agent_id, port, %generation, peer = %connection.peer, "agent registered");
+    info!(%agent_id, port, generation = generation.0, peer = %connection.peer, "agent registered");
     let _membership = Membership {
         worker: &worker,
         agent_id: &agent_id,
@@ -259,9 +259,10 @@ async fn run(
     };
     session.link.close();
     info!(
-        agent = %agent_id,
+        %agent_id,
         port,
-        %generation,
+        generation = generation.0,
+        peer = %connection.peer,
         why = %ended,
         seconds = since.elapsed().as_secs(),
         requests = stats.requests.get(),
@@ -437,18 +438,12 @@ impl From<JoinError> for Turned {
 fn turn_away(
     worker: &Worker,
     connection: &Connection,
-    agent_id: &str,
+    agent_id: ShownId,
     turned: Turned,
     first: oneshot::Sender<First>,
 ) {
     worker.shared().metrics.rejections.inc(turned.kind);
-    warn!(
-        agent = %agent_id,
-        peer = %connection.peer,
-        reason = %turned.kind.as_str(),
-        "agent rejected: {}",
-        turned.rejection.detail
-    );
+    log_rejection(worker, connection, &agent_id, &turned);
     // If the stream is gone already there is nobody to tell.
     let _ = first.send(First {
         message: ServerMessage {
@@ -457,6 +452,80 @@ fn turn_away(
         },
         session: None,
     });
+}
+
+/// Says who was turned away and what mends it; once a minute for each id and reason.
+fn log_rejection(worker: &Worker, connection: &Connection, agent_id: &ShownId, turned: &Turned) {
+    let Turned { kind, rejection } = turned;
+    let (reason, detail) = (kind.as_str(), &rejection.detail);
+    let who = match agent_id {
+        ShownId::Valid(id) => id.into(),
+        ShownId::Invalid(_) => Who::Address(connection.peer.ip()),
+    };
+    let Some(Told { repeated, others }) = may_say(reason, who) else {
+        return;
+    };
+    let peer = connection.peer;
+    let mends = match kind {
+        RejectionKind::PortExhausted => {
+            let shared = worker.shared();
+            let config = shared.config();
+            let range = &config.http.agent_port_range;
+            let ports = |state| shared.metrics.ports.get(state);
+            warn!(
+                %agent_id,
+                %peer,
+                %reason,
+                range = %format_args!("{}-{}", range.start(), range.end()),
+                serving = ports(PortState::Serving) + ports(PortState::Opening),
+                leased = ports(PortState::Leased),
+                foreign = ports(PortState::Foreign),
+                repeated,
+                others,
+                "agent rejected: {detail}; widen http.agent_port_range"
+            );
+            return;
+        }
+        // They are on their way to another server, or back to this one.
+        RejectionKind::Draining => {
+            info!(%agent_id, %peer, %reason, repeated, others, "agent rejected: {detail}");
+            return;
+        }
+        RejectionKind::Malformed => {
+            "; check that it is a silo-proxy agent of a version near this one"
+        }
+        RejectionKind::Duplicate | RejectionKind::Replaced => "; give each agent an id of its own",
+        // Their details say it.
+        RejectionKind::Auth | RejectionKind::Version | RejectionKind::Unavailable => "",
+    };
+    warn!(%agent_id, %peer, %reason, repeated, others, "agent rejected: {detail}{mends}");
+}
+
+/// What a peer calls itself, for the log.
+enum ShownId {
+    /// An id.
+    Valid(AgentId),
+    /// Something else, which may hold anything: it is escaped, and cut to what a line should
+    /// carry.
+    Invalid(String),
+}
+
+impl ShownId {
+    fn of(text: &str) -> Self {
+        match text.parse() {
+            Ok(id) => Self::Valid(id),
+            Err(_) => Self::Invalid(format!("{:?}", shorten(text))),
+        }
+    }
+}
+
+impl fmt::Display for ShownId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Valid(id) => id.fmt(f),
+            Self::Invalid(text) => f.write_str(text),
+        }
+    }
 }
 
 fn reject(reason: RejectionReason, detail: &str, retry_after: Duration) -> Rejection {

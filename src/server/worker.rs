@@ -20,8 +20,9 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, info, warn};
 
+use super::access::AccessLog;
 use super::ingress::{self, Watched};
 use super::registry::Registry;
 use super::session::{Connection, TunnelService};
@@ -33,6 +34,7 @@ use crate::metrics::{HandshakeFailure, Metrics, Refusal, WorkerMetrics};
 use crate::mux::Pool;
 use crate::net::acceptor::Accepted;
 use crate::net::tls::{PeerCertificate, ServerTls, Stream, TLS_ALERT, TLS_HANDSHAKE};
+use crate::telemetry::{Told, Who, may_say};
 use crate::wire::{MAX_MESSAGE, tunnel_server::TunnelServer};
 
 /// The unit in which a worker measures the times of its connections: a coarse clock that costs
@@ -80,6 +82,8 @@ pub(super) struct Shared {
     pub(super) handshakes: Mutex<BTreeMap<u64, CancellationToken>>,
     /// Tunnel connections by worker, welcomed or not: new ones go where the fewest are.
     pub(super) tunnels: Vec<AtomicUsize>,
+    /// Where lines about requests go, if anywhere.
+    pub(super) access: Option<AccessLog>,
     /// Wakes each worker's sweep.
     pub sweeps: Vec<Arc<Notify>>,
 }
@@ -301,7 +305,7 @@ impl Worker {
         ));
         let welcomed = CancellationToken::new();
         let opened = tokio::select! {
-            opened = self.open(stream, &welcomed) => opened,
+            opened = self.open(stream, peer, &welcomed) => opened,
             () = &mut deadline => Err(HandshakeFailure::Timeout),
             () = slot.evicted.cancelled() => Err(HandshakeFailure::Limit),
         };
@@ -355,6 +359,7 @@ impl Worker {
     async fn open(
         &self,
         stream: TcpStream,
+        peer: SocketAddr,
         welcomed: &CancellationToken,
     ) -> Result<(Stream<Guarded>, PeerCertificate), HandshakeFailure> {
         let mut first = [0];
@@ -370,12 +375,12 @@ impl Worker {
                 return Ok((stream, PeerCertificate::None));
             }
             (tls, _) => {
-                debug!(
-                    "{}",
+                log_failed_tls(
+                    peer,
                     match tls {
                         Some(_) => "an agent without TLS: set grpc.tls.enabled on it",
                         None => "an agent with TLS: set grpc.tls here, or none on it",
-                    }
+                    },
                 );
                 let hint = if tls.is_some() { NO_TLS } else { NO_HTTP2 };
                 say_goodbye(stream, hint).await;
@@ -390,20 +395,55 @@ impl Worker {
                 Ok((stream, certificate))
             }
             Err(error) => {
-                debug!(%error, "TLS handshake failed");
+                log_failed_tls(peer, error);
                 Err(HandshakeFailure::Tls)
             }
         }
     }
 
     fn failed(&self, peer: SocketAddr, failure: HandshakeFailure) {
-        debug!(%peer, reason = failure.as_str(), "handshake failed");
+        log_failed_handshake(peer, failure);
         self.metrics().handshakes_failed.inc(failure);
     }
 
     /// Counts a refused connection.
     pub(super) fn refuse(&self, reason: Refusal) {
         self.metrics().connections_refused.inc(reason);
+    }
+}
+
+/// Says that somebody on the tunnel port was no agent, as far as that is worth a line.
+fn log_failed_handshake(peer: SocketAddr, failure: HandshakeFailure) {
+    let reason = failure.as_str();
+    match failure {
+        // What looks whether a port is open does that.
+        // Nor is it news what has been said in more words.
+        HandshakeFailure::Closed | HandshakeFailure::Tls => {
+            debug!(%peer, %reason, "handshake failed")
+        }
+        HandshakeFailure::Limit => {
+            if let Some(Told { repeated, others }) = may_say(reason, Who::Anybody) {
+                warn!(
+                    %peer,
+                    %reason,
+                    repeated,
+                    others,
+                    "handshake failed: grpc.max_handshakes connections were waiting to say hello"
+                );
+            }
+        }
+        _ => {
+            if let Some(Told { repeated, others }) = may_say(reason, peer.ip()) {
+                info!(%peer, %reason, repeated, others, "handshake failed");
+            }
+        }
+    }
+}
+
+/// Says that there was no TLS with somebody, and why.
+fn log_failed_tls(peer: SocketAddr, why: impl std::fmt::Display) {
+    if let Some(Told { repeated, others }) = may_say("tls", peer.ip()) {
+        warn!(%peer, repeated, others, "TLS handshake failed: {why}");
     }
 }
 

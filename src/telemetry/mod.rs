@@ -4,13 +4,14 @@
 //! written as fast as they come, some are dropped and counted.
 
 mod spool;
+mod throttle;
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::panic::PanicHookInfo;
 use std::str::FromStr;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -22,10 +23,11 @@ use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 pub use spool::{LogFile, Output, Report, Spool, Stderr, Stdout};
+pub use throttle::{Throttle, Told, Who, may_say};
 
-/// How many bytes of lines may wait to be written: some thousand lines, more than a burst of
-/// agents that all come back at once.
-const QUEUE: usize = 1024 * 1024;
+/// How many bytes of lines may wait to be written: more than all agents of a full host write when
+/// they go and come back at once.
+const QUEUE: usize = 4 * 1024 * 1024;
 
 /// How long the process's end may wait for its last lines: a pipe that nobody reads must not
 /// keep it.
@@ -186,15 +188,21 @@ static LINES: OnceLock<Spool> = OnceLock::new();
 pub fn init(filter: &Filter, format: Format) -> Result<Telemetry, InitError> {
     if LINES.get().is_none() {
         // Were there two, the second would end unused.
-        let _ = LINES.set(Spool::start("silo-log", QUEUE, Stderr, |report| {
-            // What can't be written to standard error can't be said there either.
-            if let Report::Dropped(lines) = report {
-                warn!(
-                    lines,
-                    "log lines were dropped: standard error was not read in time"
-                );
-            }
-        })?);
+        let _ = LINES.set(Spool::start(
+            "silo-log",
+            QUEUE,
+            Stderr,
+            Arc::default(),
+            |report| {
+                // What can't be written to standard error can't be said there either.
+                if let Report::Dropped(lines) = report {
+                    warn!(
+                        lines,
+                        "log lines were dropped: standard error was not read in time"
+                    );
+                }
+            },
+        )?);
     }
     let (level, filter) = reload::Layer::new(EnvFilter::new(filter.quieted()));
     let lines = tracing_subscriber::fmt::layer().with_writer(Lines);

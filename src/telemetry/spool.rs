@@ -3,10 +3,11 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
+
+use crate::metrics::Counter;
 
 /// What a queue that was full for a moment keeps of its memory, in bytes.
 const KEPT: usize = 64 * 1024;
@@ -26,6 +27,16 @@ pub trait Output: Send + 'static {
     }
 }
 
+impl Output for Box<dyn Output> {
+    fn write(&mut self, lines: &[u8]) -> io::Result<()> {
+        (**self).write(lines)
+    }
+
+    fn reopen(&mut self) -> io::Result<()> {
+        (**self).reopen()
+    }
+}
+
 /// What a spool has to say of itself. It is told on the spool's own thread.
 #[derive(Debug)]
 pub enum Report {
@@ -33,6 +44,8 @@ pub enum Report {
     Dropped(u64),
     /// Lines couldn't be written. Told once, until some can be again.
     Failed(io::Error),
+    /// They can be written again.
+    Recovered,
     /// The output couldn't be opened again; the old one is kept.
     NotReopened(io::Error),
 }
@@ -57,8 +70,8 @@ struct Shared {
     filled: Condvar,
     /// Wakes who flushes: lines have been written.
     written: Condvar,
-    /// Lines that were never written, since the start.
-    dropped: AtomicU64,
+    /// Lines that were never written.
+    dropped: Arc<Counter>,
 }
 
 #[derive(Debug, Default)]
@@ -79,11 +92,13 @@ struct Queue {
 }
 
 impl Spool {
-    /// Starts the thread. At most `capacity` bytes wait for it; `report` hears what happens.
+    /// Starts the thread. At most `capacity` bytes wait for it; `dropped` counts the lines that
+    /// are never written, and `report` hears what happens.
     pub fn start(
         name: &str,
         capacity: usize,
         output: impl Output,
+        dropped: Arc<Counter>,
         report: impl FnMut(Report) + Send + 'static,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
@@ -91,7 +106,7 @@ impl Spool {
             queue: Mutex::default(),
             filled: Condvar::new(),
             written: Condvar::new(),
-            dropped: AtomicU64::new(0),
+            dropped,
         });
         let thread = Writer {
             shared: shared.clone(),
@@ -110,7 +125,7 @@ impl Spool {
         let mut queue = self.shared.lock();
         if queue.lines.len() + line.len() > self.shared.capacity {
             queue.dropped += 1;
-            self.shared.dropped.fetch_add(1, Relaxed);
+            self.shared.dropped.inc();
             return;
         }
         queue.lines.extend_from_slice(line);
@@ -119,11 +134,6 @@ impl Spool {
         if std::mem::take(&mut queue.idle) {
             self.shared.filled.notify_one();
         }
-    }
-
-    /// Lines that were never written, since the start.
-    pub fn dropped(&self) -> u64 {
-        self.shared.dropped.load(Relaxed)
     }
 
     /// Has the output opened again, see [`Output::reopen`]. Doesn't wait for it.
@@ -215,9 +225,13 @@ impl<O: Output, R: FnMut(Report)> Writer<O, R> {
 
     fn write(&mut self, lines: &[u8], count: u64) {
         match self.output.write(lines) {
-            Ok(()) => self.failing = false,
+            Ok(()) => {
+                if std::mem::take(&mut self.failing) {
+                    (self.report)(Report::Recovered);
+                }
+            }
             Err(error) => {
-                self.shared.dropped.fetch_add(count, Relaxed);
+                self.shared.dropped.add(count);
                 if !std::mem::replace(&mut self.failing, true) {
                     (self.report)(Report::Failed(error));
                 }
@@ -335,6 +349,7 @@ mod tests {
         lines: Receiver<String>,
         go: Sender<io::Result<()>>,
         reports: Receiver<String>,
+        dropped: Arc<Counter>,
     }
 
     fn rig(capacity: usize) -> Rig {
@@ -346,10 +361,12 @@ mod tests {
             go: go_out,
             opened: 0,
         };
-        let spool = Spool::start("test", capacity, gate, move |report| {
+        let dropped = Arc::new(Counter::default());
+        let spool = Spool::start("test", capacity, gate, dropped.clone(), move |report| {
             let text = match report {
                 Report::Dropped(count) => format!("dropped {count}"),
                 Report::Failed(_) => "failed".into(),
+                Report::Recovered => "recovered".into(),
                 Report::NotReopened(_) => "not reopened".into(),
             };
             let _ = said.send(text);
@@ -360,6 +377,7 @@ mod tests {
             lines,
             go,
             reports,
+            dropped,
         }
     }
 
@@ -372,7 +390,7 @@ mod tests {
         for _ in 0..7 {
             rig.spool.push(b"b\n");
         }
-        assert_eq!(rig.spool.dropped(), 3);
+        assert_eq!(rig.dropped.get(), 3);
         assert!(!rig.spool.flush(Duration::ZERO));
         assert!(rig.reports.try_recv().is_err());
 
@@ -389,7 +407,7 @@ mod tests {
         assert!(rig.reports.try_recv().is_err());
         // What fits nowhere is dropped too.
         rig.spool.push(b"longer than all\n");
-        assert_eq!(rig.spool.dropped(), 4);
+        assert_eq!(rig.dropped.get(), 4);
     }
 
     #[test]
@@ -401,9 +419,9 @@ mod tests {
             rig.spool.push(b"a\n");
             assert!(rig.spool.flush(LONG));
         }
-        assert_eq!(rig.spool.dropped(), 3);
+        assert_eq!(rig.dropped.get(), 3);
         let reports: Vec<String> = rig.reports.try_iter().collect();
-        assert_eq!(reports, ["failed", "failed"]);
+        assert_eq!(reports, ["failed", "recovered", "failed"]);
     }
 
     #[test]
@@ -413,6 +431,7 @@ mod tests {
             lines,
             go,
             reports,
+            dropped: _,
         } = rig(100);
         go.send(Ok(())).unwrap();
         spool.push(b"a\n");

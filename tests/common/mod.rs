@@ -306,7 +306,13 @@ impl Server {
     /// A server that was started with its ports left to the kernel.
     pub fn from_process(process: Process, range: RangeInclusive<u16>) -> Self {
         let line = process.wait_for(&["server started"]);
+        // Either in lines for people or in lines for machines.
+        let json: Option<serde_json::Value> = serde_json::from_str(&line).ok();
         let address = |key: &str| -> SocketAddr {
+            if let Some(json) = &json {
+                let value = &json[key.trim_end_matches('=')];
+                return value.as_str().unwrap().parse().unwrap();
+            }
             let rest = &line[line.find(key).unwrap() + key.len()..];
             rest.split_whitespace().next().unwrap().parse().unwrap()
         };

@@ -5,6 +5,9 @@
 //! The list of agents is written in pieces, each when the poller has room for it: a poller that
 //! doesn't read holds a snapshot and a few pieces, however long the list is.
 //!
+//! A poller may wait for the list to change: he holds a connection and a place in a watch channel,
+//! and all who are woken by one change share what is rendered.
+//!
 //! No answer ever carries a CORS header: a page in somebody's browser has no business here.
 
 mod access;

@@ -12,7 +12,7 @@
 //! visitor's FIN counts as leaving.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -23,11 +23,13 @@ use futures_util::FutureExt;
 use futures_util::future::poll_fn;
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::place::{Order, Place};
+use super::record::Record;
 use super::reply::{Asked, Reply};
 use crate::config::HttpConfig;
+use crate::cors::{Grant, Preflight, Verdict};
 use crate::head::{RequestHead, ResponseHead};
 use crate::headers::{
     Forwarding, Framing, Refusal, RequestFacts, Version, check_request, forward_request,
@@ -37,12 +39,13 @@ use crate::http1::{
     parse_request,
 };
 use crate::link::Exchange;
-use crate::metrics::Failure;
+use crate::metrics::{self, Failure};
 use crate::mux::{HeadRead, Read, Reason};
 use crate::net::acceptor::Accepted;
 use crate::server::respond::Fault;
 use crate::server::tenancy::Tenancy;
 use crate::server::worker::Worker;
+use crate::telemetry::{Told, Who, may_say};
 
 /// How much of a request's body is read and dropped after the answer was complete, so that the
 /// connection can be used again. A visitor with more to send has it closed.
@@ -66,7 +69,10 @@ pub(in crate::server) fn admit(worker: &Arc<Worker>, tenancy: &Arc<Tenancy>, acc
     let place = match Place::take(worker, tenancy, accepted.peer.ip()) {
         Ok(place) => place,
         // Dropping the socket closes it.
-        Err(reason) => return worker.refuse(reason),
+        Err(reason) => {
+            worker.refuse(reason);
+            return log_refusal(reason, tenancy, accepted.peer.ip());
+        }
     };
     match TcpStream::from_std(accepted.stream) {
         Ok(stream) => {
@@ -76,12 +82,39 @@ pub(in crate::server) fn admit(worker: &Arc<Worker>, tenancy: &Arc<Tenancy>, acc
     }
 }
 
+/// Says that a limit turns visitors away, and which one that is; once a minute.
+fn log_refusal(reason: metrics::Refusal, tenancy: &Tenancy, address: IpAddr) {
+    let kind = reason.as_str();
+    let agent_id = &tenancy.agent_id;
+    let (who, limit) = match reason {
+        metrics::Refusal::LimitTotal => (Who::Anybody, "http.max_connections"),
+        metrics::Refusal::LimitAgent => (agent_id.into(), "http.max_connections_per_agent"),
+        metrics::Refusal::LimitAddress => (address.into(), "http.max_connections_per_address"),
+        // No limit of ours.
+        metrics::Refusal::NoTenant
+        | metrics::Refusal::QueueFull
+        | metrics::Refusal::Descriptors => return,
+    };
+    if let Some(Told { repeated, others }) = may_say(kind, who) {
+        warn!(
+            reason = %kind,
+            %agent_id,
+            peer = %address,
+            repeated,
+            others,
+            "visitor's connection refused: {limit} is reached"
+        );
+    }
+}
+
 /// A visitor's connection.
 struct Visitor {
     stream: TcpStream,
     peer: SocketAddr,
     place: Place,
     forwarding: Forwarding,
+    /// The visitor is one of `http.trusted_proxies`.
+    is_trusted: bool,
     /// What the request under way may be; taken anew for each.
     limits: Limits,
     /// What has come and wasn't used yet.
@@ -150,6 +183,7 @@ impl Visitor {
             .any(|block| block.contains(peer.ip()));
         Self {
             forwarding: Forwarding::new(peer.ip(), is_trusted),
+            is_trusted,
             limits: Limits::of(&config.http),
             stream,
             peer,
@@ -196,8 +230,9 @@ impl Visitor {
         if let Err(Over::Left | Over::Cut) = outcome
             && !(serving.is_answered() && self.out.is_empty())
         {
-            self.place.failed(Failure::VisitorLeft);
+            serving.failed(self, Failure::VisitorLeft);
         }
+        serving.note_end(self);
         // The exchange is let go before it is counted as over.
         drop(serving);
         self.place.exchange_ends();
@@ -340,6 +375,10 @@ struct Serving {
     reply: Option<Reply>,
     /// The answer broke off; what came of it is still to be written.
     broken_off: bool,
+    /// Which pages may read the answer, if that is for us to say.
+    grant: Option<Grant>,
+    /// For the access log, if there is one.
+    record: Option<Box<Record>>,
 }
 
 /// What becomes of a request's body.
@@ -369,15 +408,28 @@ impl Serving {
     fn open(visitor: &mut Visitor, head: usize) -> Self {
         let mut asked = UNKNOWN;
         let mut framing = None;
+        let mut grant = None;
+        let mut preflight = None;
+        let mut record = Record::begin(&visitor.place, visitor.peer.ip());
         let head = &visitor.input[..head];
         let opened = parse_request(head, visitor.limits.head.lines, |line, fields| {
             asked.version = line.version;
             asked.to_head = line.method == b"HEAD";
+            if let Some(record) = &mut record {
+                record.asked(line, fields, visitor.is_trusted);
+            }
+            if let Some(verdict) = visitor.judge(line, fields) {
+                grant = Some(verdict.grant);
+                preflight = verdict.preflight;
+            }
             let facts = check_request(line.method, line.target, line.version, fields.iter())
                 .map_err(Fault::Refused)?;
             asked.persistent = facts.persistent;
             framing = Some(facts);
-            visitor.open(line, fields, facts)
+            if preflight.is_some() {
+                return Ok(None);
+            }
+            visitor.open(line, fields, facts, &mut record).map(Some)
         });
         let opened = opened.unwrap_or_else(|malformed| {
             Err(Fault::Refused(match malformed {
@@ -399,10 +451,13 @@ impl Serving {
             exchange: None,
             reply: None,
             broken_off: false,
+            grant,
+            record,
         };
-        match opened {
-            Ok(exchange) => serving.exchange = Some(exchange),
-            Err(fault) => serving.fail(visitor, fault),
+        match (opened, preflight) {
+            (Ok(_), Some(preflight)) => serving.answer_preflight(visitor, &preflight),
+            (Ok(exchange), None) => serving.exchange = exchange,
+            (Err(fault), _) => serving.fail(visitor, fault),
         }
         serving
     }
@@ -417,6 +472,8 @@ impl Serving {
             exchange: None,
             reply: None,
             broken_off: false,
+            grant: None,
+            record: Record::begin(&visitor.place, visitor.peer.ip()),
         };
         serving.fail(visitor, fault);
         serving
@@ -494,6 +551,9 @@ impl Serving {
                 Ok(Piece::Data(data)) => {
                     moved = true;
                     self.received += data.len() as u64;
+                    if let Some(record) = &mut self.record {
+                        record.received = self.received;
+                    }
                     if visitor.limits.is_too_large(self.received) {
                         exchange.abort(Reason::Cancelled);
                         self.fail_upload(visitor, Fault::BodyTooLarge);
@@ -624,6 +684,9 @@ impl Serving {
                 Read::Reset(_) => true,
                 read => reply.take(&mut visitor.out, read).is_err(),
             };
+            if let Some(record) = &mut self.record {
+                record.sent = reply.body_bytes;
+            }
         }
         moved
     }
@@ -643,11 +706,8 @@ impl Serving {
                     persistent: self.asked.persistent && persistent,
                     ..self.asked
                 };
-                match Reply::begin(&mut visitor.out, asked, &head) {
-                    Ok(reply) => {
-                        visitor.place.answered(head.status);
-                        self.reply = Some(reply);
-                    }
+                match Reply::begin(&mut visitor.out, asked, &head, self.grant.as_ref()) {
+                    Ok(reply) => self.answered(visitor, head.status, reply),
                     Err(_) => self.fail(visitor, Fault::UpstreamError),
                 }
             }
@@ -670,35 +730,75 @@ impl Serving {
 
     /// Answers why there is no answer of the service's.
     fn fail(&mut self, visitor: &mut Visitor, fault: Fault) {
+        let asked = self.answer_instead(visitor, fault.closes());
+        self.failed(visitor, fault.failure());
+        let reply = Reply::fault(&mut visitor.out, asked, fault, self.grant.as_ref());
+        self.answered(visitor, fault.status().as_u16(), reply);
+    }
+
+    /// Tells a browser what its page may do.
+    fn answer_preflight(&mut self, visitor: &mut Visitor, preflight: &Preflight) {
+        let asked = self.answer_instead(visitor, false);
+        let lines = self.grant.iter().flat_map(|grant| preflight.lines(grant));
+        let reply = Reply::own(&mut visitor.out, asked, 204, lines);
+        self.answered(visitor, 204, reply);
+    }
+
+    /// Lets go of the exchange for an answer of the server's own, and says what that may promise.
+    fn answer_instead(&mut self, visitor: &Visitor, closes_anyway: bool) -> Asked {
         self.exchange = None;
-        let closes = fault.closes() || self.upload == Upload::Held;
+        let closes = closes_anyway || self.upload == Upload::Held;
         self.upload = match self.upload {
-            Upload::Complete if fault.closes() => Upload::Abandoned,
+            Upload::Complete if closes_anyway => Upload::Abandoned,
             Upload::Complete => Upload::Complete,
             _ if closes => Upload::Abandoned,
             Upload::Draining { left } => Upload::Draining { left },
             _ => Upload::Draining { left: DRAIN_LIMIT },
         };
-        let asked = Asked {
+        Asked {
             persistent: self.asked.persistent
                 && !closes
                 && visitor.place.watched.ordered() == Order::None,
             ..self.asked
+        }
+    }
+
+    /// An answer has begun.
+    fn answered(&mut self, visitor: &Visitor, status: u16, reply: Reply) {
+        visitor.place.answered(status);
+        if let Some(record) = &mut self.record {
+            record.status = Some(status);
+        }
+        self.reply = Some(reply);
+    }
+
+    /// Something went wrong.
+    fn failed(&mut self, visitor: &Visitor, failure: Failure) {
+        visitor.place.failed(failure);
+        if let Some(record) = &mut self.record {
+            record.failure = Some(failure);
+        }
+    }
+
+    /// Notes for the access log how it ended.
+    fn note_end(&mut self, visitor: &Visitor) {
+        let is_answered = self.is_answered();
+        let Some(record) = &mut self.record else {
+            return;
         };
-        visitor.place.failed(fault.failure());
-        visitor.place.answered(fault.status().as_u16());
-        self.reply = Some(Reply::fault(&mut visitor.out, asked, fault));
+        let taken = self.reply.as_ref().map_or(0, |reply| reply.body_bytes);
+        record.sent = taken.saturating_sub(visitor.out.len() as u64);
+        record.complete = is_answered && !self.broken_off && visitor.out.is_empty();
     }
 
     /// What follows when everything has been written: nothing yet, the next request, or the end.
     fn outcome(&mut self, visitor: &Visitor) -> Option<Result<(), Over>> {
-        let reply = self.reply.as_ref()?;
         if self.broken_off {
-            visitor.place.failed(Failure::CutAfterHead);
-            return Some(Err(Over::BrokenOff {
-                reset: reply.ends_by_close(),
-            }));
+            let reset = self.reply.as_ref()?.ends_by_close();
+            self.failed(visitor, Failure::CutAfterHead);
+            return Some(Err(Over::BrokenOff { reset }));
         }
+        let reply = self.reply.as_ref()?;
         if !self.is_answered() {
             return None;
         }
@@ -732,12 +832,20 @@ impl Serving {
 }
 
 impl Visitor {
+    /// Who may read the answer, if `http.cors` says so.
+    fn judge(&self, line: RequestLine<'_>, fields: Fields<'_>) -> Option<Verdict> {
+        let config = self.place.worker.shared().config();
+        let cors = config.http.cors.as_ref()?;
+        Some(cors.judge(line.method, fields.iter()))
+    }
+
     /// Opens an exchange for a request that has been found good.
     fn open(
         &self,
         line: RequestLine<'_>,
         fields: Fields<'_>,
         facts: RequestFacts,
+        record: &mut Option<Box<Record>>,
     ) -> Result<Exchange, Fault> {
         if let Framing::Length(length) = facts.framing
             && self.limits.is_too_large(length)
@@ -745,8 +853,14 @@ impl Visitor {
             return Err(Fault::BodyTooLarge);
         }
         let has_body = facts.framing != Framing::Length(0);
-        let attempt = || -> Result<Exchange, Fault> {
-            let request_id = || self.place.worker.request_id();
+        let mut attempt = || -> Result<Exchange, Fault> {
+            let request_id = || {
+                let id = self.place.worker.request_id();
+                if let Some(record) = record {
+                    record.made_id = Some(id.as_str().into());
+                }
+                id
+            };
             let lines = forward_request(fields.iter(), &self.forwarding, request_id)
                 .map_err(|_| Fault::HeadTooLarge)?;
             let head = RequestHead {

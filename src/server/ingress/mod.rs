@@ -3,10 +3,11 @@
 //! A visitor's connection is one task ([`connection`]), which reads heads, opens exchanges, and
 //! carries bodies both ways without handing anything to another task. What it waits for, and since
 //! when, it notes in [`Watched`], where the worker's sweep looks for limits of time. An answer is
-//! put into bytes by [`reply`].
+//! put into bytes by [`reply`], and what became of a request goes to the access log by [`record`].
 
 mod connection;
 mod place;
+mod record;
 mod reply;
 
 pub(super) use connection::admit;

@@ -2,6 +2,7 @@
 
 use bytes::BytesMut;
 
+use crate::cors::{self, Additions, Grant};
 use crate::head::ResponseHead;
 use crate::headers::{Direction, InvalidLines, Version, sendable};
 use crate::http1::{
@@ -27,6 +28,8 @@ pub(super) struct Reply {
     body: Body,
     /// Another request may follow on the connection.
     pub(super) persistent: bool,
+    /// Bytes of the body so far.
+    pub(super) body_bytes: u64,
 }
 
 /// What is still to come of an answer's body.
@@ -45,20 +48,29 @@ enum Body {
 pub(super) struct WrongLength;
 
 impl Reply {
-    /// Appends the head of the service's answer to `out`; nothing if it can't be passed on.
+    /// Appends the head of the service's answer to `out`, with the lines that a `grant` adds;
+    /// nothing if it can't be passed on.
     pub(super) fn begin(
         out: &mut Outgoing,
         asked: Asked,
         head: &ResponseHead,
+        grant: Option<&Grant>,
     ) -> Result<Self, InvalidLines> {
         let out = out.text();
         out.reserve(head.size() + ROOM);
         let before = out.len();
         write_status_line(out, asked.version, head.status);
+        let mut additions = grant.map(Additions::new);
         let written = sendable(&head.lines, Direction::Response, |name, value| {
             write_line(out, name, value);
+            if let Some(additions) = &mut additions {
+                additions.see(name, value);
+            }
         });
         let facts = written.inspect_err(|_| out.truncate(before))?;
+        for (name, value) in additions.into_iter().flat_map(Additions::into_lines) {
+            write_line(out, name.as_bytes(), value);
+        }
         // RFC 9110, section 8.6: a 204 has no length, a 304 the one that a 200 would have.
         if let (Some(length), true) = (facts.length, head.status != 204) {
             write_length(out, length);
@@ -74,24 +86,58 @@ impl Reply {
         };
         let persistent = asked.persistent && body != Body::UntilClose;
         end_head(out, asked.version, persistent);
-        Ok(Self { body, persistent })
+        Ok(Self {
+            body,
+            persistent,
+            body_bytes: 0,
+        })
     }
 
-    /// Appends an answer of the server's own to `out`.
-    pub(super) fn fault(out: &mut Outgoing, asked: Asked, fault: Fault) -> Self {
+    /// Appends an answer of the server's own without a body to `out`.
+    pub(super) fn own<'a>(
+        out: &mut Outgoing,
+        asked: Asked,
+        status: u16,
+        lines: impl Iterator<Item = cors::Line<'a>>,
+    ) -> Self {
+        write_status_line(out.text(), asked.version, status);
+        for (name, value) in lines {
+            write_line(out.text(), name.as_bytes(), value);
+        }
+        end_head(out.text(), asked.version, asked.persistent);
+        Self {
+            body: Body::Complete,
+            persistent: asked.persistent,
+            body_bytes: 0,
+        }
+    }
+
+    /// Appends the answer to what went wrong to `out`, with the lines that a `grant` adds.
+    pub(super) fn fault(
+        out: &mut Outgoing,
+        asked: Asked,
+        fault: Fault,
+        grant: Option<&Grant>,
+    ) -> Self {
         let answer = fault.respond();
         let persistent = asked.persistent && !fault.closes();
         write_status_line(out.text(), asked.version, answer.status().as_u16());
         for (name, value) in answer.headers() {
             write_line(out.text(), name.as_str().as_bytes(), value.as_bytes());
         }
+        for (name, value) in grant.into_iter().flat_map(Grant::own_lines) {
+            write_line(out.text(), name.as_bytes(), value);
+        }
         end_head(out.text(), asked.version, persistent);
+        let mut body_bytes = 0;
         if !asked.to_head {
+            body_bytes = answer.body().len() as u64;
             out.push(answer.into_body());
         }
         Self {
             body: Body::Complete,
             persistent,
+            body_bytes,
         }
     }
 
@@ -121,6 +167,9 @@ impl Reply {
 
     /// Appends the next piece of the body to `out`, or what ends it.
     pub(super) fn take(&mut self, out: &mut Outgoing, read: Read) -> Result<(), WrongLength> {
+        if let (Read::Data(piece), true) = (&read, self.body != Body::None) {
+            self.body_bytes += piece.len() as u64;
+        }
         match (read, self.body) {
             (Read::Data(piece), Body::Length(left)) => {
                 let left = left.checked_sub(piece.len() as u64);
