@@ -43,6 +43,7 @@ fn help_and_version() {
         &["demo", "--help"],
         &["agents", "--help"],
         &["swarm", "--help"],
+        &["check", "--help"],
     ] {
         let (code, text) = run(command);
         assert_eq!(code, Some(0), "{command:?}");
@@ -56,7 +57,7 @@ fn help_and_version() {
         }
     }
     let (_, text) = run(&["--help"]);
-    for command in ["server", "agent", "demo", "agents", "swarm"] {
+    for command in ["server", "agent", "demo", "agents", "swarm", "check"] {
         assert!(text.contains(&format!("\n  {command} ")), "{text}");
     }
     let version = concat!("silo-proxy ", env!("CARGO_PKG_VERSION"));

@@ -327,3 +327,111 @@ fn what_needs_a_restart_is_said_and_the_rest_is_applied() {
     let warned = || reloadable.server.process.count(&["WARN", "restart"]) == 2;
     eventually(Duration::from_secs(10), "a second warning", warned);
 }
+
+/// A service that answers each request with what it got.
+fn telling_service() -> SocketAddr {
+    common::service(|mut stream| {
+        while let Ok(head) = common::read_head(&mut stream) {
+            let head = String::from_utf8(head).unwrap().to_lowercase();
+            let host = head.split("host: ").nth(1).unwrap().lines().next();
+            let body = format!("host {}", host.unwrap());
+            let length = body.len();
+            if write!(
+                stream,
+                "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{body}"
+            )
+            .is_err()
+            {
+                return;
+            }
+        }
+    })
+}
+
+#[test]
+fn an_agent_changes_its_service_and_token_without_losing_its_session() {
+    let server = Server::with(
+        port_range(4),
+        &[("grpc.auth.tokens", "agent=first-token-of-agent")],
+    );
+    let mut file = File::new(&[
+        ("grpc.server_address", &server.tunnel.to_string()),
+        ("grpc.agent_id", "agent"),
+        ("grpc.token", "first-token-of-agent"),
+        (
+            "local.service_url",
+            &format!("http://{}", text_service("one")),
+        ),
+        ("log.level", "info"),
+    ]);
+    let path = file.path();
+    let process = Process::start("agent", &["agent", "--config", path.to_str().unwrap()], &[]);
+    process.wait_for(&["connected", "port="]);
+    let (_, port) = server.agents()[0].clone();
+    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    let mut kept = connect(address);
+    let mut ask = || {
+        write!(kept, "GET / HTTP/1.1\r\nHost: visited\r\n\r\n").unwrap();
+        read_answer(&mut kept, false).text()
+    };
+    assert_eq!(ask(), "one");
+
+    let two = text_service("two");
+    file.edit(&[
+        ("local.service_url", &format!("http://{two}")),
+        ("grpc.token", "second-token-of-agent"),
+        ("grpc.agent_id", "another"),
+        ("log.level", "trace"),
+    ]);
+    process.signal("HUP");
+    let line = process.wait_for(&["SIGHUP: settings reloaded"]);
+    assert!(
+        line.contains("log.level, grpc.token, local.service_url"),
+        "{line}"
+    );
+    process.wait_for(&["WARN", "grpc.agent_id", "restart"]);
+    assert_eq!(ask(), "two");
+
+    let told = telling_service();
+    file.edit(&[
+        ("local.service_url", &format!("http://{told}")),
+        ("local.host_header", "target"),
+    ]);
+    process.signal("HUP");
+    process.wait_for_nth(2, &["SIGHUP: settings reloaded"]);
+    assert_eq!(ask(), format!("host {told}"));
+
+    file.edit(&[("local.service_url", "http://a/path"), ("local.max", "1")]);
+    process.signal("HUP");
+    let line = process.wait_for(&["ERROR", "not reloaded"]);
+    assert!(line.contains("local.max") && line.contains("local.service_url"));
+    assert_eq!(ask(), format!("host {told}"));
+
+    assert_eq!(server.process.count(&["agent registered"]), 1);
+    let log = process.log();
+    assert!(!log.contains("first-token") && !log.contains("second-token"));
+}
+
+#[test]
+fn an_agent_that_was_rejected_gets_in_with_the_token_it_is_given() {
+    let server = Server::with(
+        port_range(4),
+        &[("grpc.auth.shared_token", "the-right-one")],
+    );
+    let mut file = File::new(&[
+        ("grpc.server_address", &server.tunnel.to_string()),
+        ("grpc.agent_id", "agent"),
+        ("grpc.token", "a-wrong-one"),
+        (
+            "local.service_url",
+            &format!("http://{}", text_service("one")),
+        ),
+    ]);
+    let path = file.path();
+    let process = Process::start("agent", &["agent", "--config", path.to_str().unwrap()], &[]);
+    process.wait_for(&["rejected", "grpc.token"]);
+    file.edit(&[("grpc.token", "the-right-one")]);
+    process.signal("HUP");
+    // It doesn't sit out the wait that was asked of whoever had the wrong one.
+    process.wait_for(&["connected", "port="]);
+}

@@ -23,12 +23,15 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use arc_swap::ArcSwap;
+use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 use thiserror::Error;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, Changes};
 use crate::id::{AgentId, Generation};
 use crate::net::tls::{AgentTls, Failed, Refused, TlsFault};
 use crate::wire::RejectionReason;
@@ -43,9 +46,23 @@ pub use session::Lost;
 pub struct Agent {
     id: AgentId,
     instance: [u8; 16],
-    shared: Arc<Shared>,
+    live: Arc<Live>,
     observer: Option<Arc<dyn Fn(Event) + Send + Sync>>,
 }
+
+/// What can change while an agent runs.
+struct Live {
+    /// Read at each dial, replaced as a whole.
+    shared: ArcSwap<Shared>,
+    /// Takes the exchanges of whichever session there is.
+    forwarder: Forwarder,
+    /// There is another token: an agent that waits because of the former one needn't.
+    redial: Notify,
+}
+
+/// Has a running agent go by other settings.
+#[derive(Clone)]
+pub struct Reloader(Arc<Live>);
 
 /// What agents with the same settings have in common.
 struct Shared {
@@ -54,7 +71,7 @@ struct Shared {
     origin: http::Uri,
     service: Arc<Service>,
     /// TLS to the server, if it has any.
-    tls: Option<AgentTls>,
+    tls: Option<Arc<AgentTls>>,
 }
 
 /// Why an agent can't be made of its settings.
@@ -129,7 +146,7 @@ impl Agent {
             config,
             origin,
             service,
-            tls,
+            tls: tls.map(Arc::new),
         });
         Self::with_shared(id, shared)
     }
@@ -140,18 +157,29 @@ impl Agent {
     /// # Errors
     /// [`AgentError::Random`].
     pub fn with_id(&self, id: AgentId) -> Result<Self, AgentError> {
-        Self::with_shared(id, self.shared.clone())
+        Self::with_shared(id, self.live.shared.load_full())
     }
 
     fn with_shared(id: AgentId, shared: Arc<Shared>) -> Result<Self, AgentError> {
         let mut instance = [0; 16];
         getrandom::fill(&mut instance).map_err(AgentError::Random)?;
+        let live = Live {
+            forwarder: Forwarder::new(shared.service.clone(), &shared.config.local),
+            shared: ArcSwap::new(shared),
+            redial: Notify::new(),
+        };
         Ok(Self {
             id,
             instance,
-            shared,
+            live: Arc::new(live),
             observer: None,
         })
+    }
+
+    /// What changes the agent's settings while it runs; those of others, made by
+    /// [`with_id`](Self::with_id), stay as they are.
+    pub fn reloader(&self) -> Reloader {
+        Reloader(self.live.clone())
     }
 
     /// Calls `observer` with each [`Event`], on the agent's own task: it must not block.
@@ -171,12 +199,12 @@ impl Agent {
     /// Dropping the future ends the session and every exchange at once.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) {
         let mut shutdown = pin!(shutdown);
-        let local = &self.shared.config.local;
-        let forwarder = Forwarder::new(self.shared.service.clone(), local);
         let mut reconnect = Reconnect::new();
         let mut last_port = 0;
         loop {
             let mut lived = Duration::ZERO;
+            // A token of before is used now.
+            let _ = self.live.redial.notified().now_or_never();
             let dial = pin!(session::dial(&self, last_port));
             let ended = match select(dial, shutdown.as_mut()).await {
                 Either::Right(((), _)) => return,
@@ -191,9 +219,12 @@ impl Agent {
                         public_url: welcome.public_url.clone(),
                         generation: welcome.generation,
                     });
-                    let grace = self.shared.config.agent.grace;
-                    let outcome = session.run(&forwarder, shutdown.as_mut(), grace).await;
+                    let grace = || self.live.shared.load().config.agent.grace;
+                    let forwarder = &self.live.forwarder;
+                    let outcome = session.run(forwarder, shutdown.as_mut(), grace).await;
                     lived = since.elapsed();
+                    // Whoever was welcomed doesn't wait for its token.
+                    let _ = self.live.redial.notified().now_or_never();
                     match outcome {
                         session::Outcome::Stopped => return,
                         session::Outcome::Lost(lost) => lost,
@@ -202,9 +233,10 @@ impl Agent {
             };
             let retry_in = reconnect.after(&ended, lived);
             self.report_end(ended, retry_in);
-            let wait = pin!(tokio::time::sleep(retry_in));
-            if let Either::Right(_) = select(wait, shutdown.as_mut()).await {
-                return;
+            tokio::select! {
+                () = tokio::time::sleep(retry_in) => {}
+                () = self.live.redial.notified() => {}
+                () = shutdown.as_mut() => return,
             }
         }
     }
@@ -246,6 +278,58 @@ impl Agent {
         if let Some(observer) = &self.observer {
             observer(event);
         }
+    }
+}
+
+impl Reloader {
+    /// The settings that hold now.
+    pub fn config(&self) -> AgentConfig {
+        self.0.shared.load().config.clone()
+    }
+
+    /// Goes by `new` settings from now on, except for those that can't change while the agent
+    /// runs; on an error by none of them. The session stays: what concerns the way to the server
+    /// counts from the next dial on, what concerns the local service for the next request. With
+    /// another token an agent that waits between sessions dials at once. Requests that have come
+    /// already are served by the old settings, so that for as long as that takes the service may
+    /// get more at once than `local.max_connections`. `log.level` is left to whoever started the
+    /// log.
+    ///
+    /// # Errors
+    /// [`AgentError::Service`].
+    pub fn reload(&self, new: AgentConfig) -> Result<Changes, AgentError> {
+        let Live {
+            shared, forwarder, ..
+        } = &*self.0;
+        let old = shared.load_full();
+        let (config, changes) = old.config.replaced_by(new);
+        let local = changes
+            .applied
+            .iter()
+            .any(|path| path.starts_with("local."));
+        let service = match local {
+            true => Arc::new(Service::new(&config.local)?),
+            false => old.service.clone(),
+        };
+        if local {
+            forwarder.replace(service.clone(), &config.local);
+        }
+        shared.store(Arc::new(Shared {
+            config,
+            origin: old.origin.clone(),
+            service,
+            tls: old.tls.clone(),
+        }));
+        if changes.touch(&["grpc.token"]) {
+            self.0.redial.notify_one();
+        }
+        Ok(changes)
+    }
+}
+
+impl fmt::Debug for Reloader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reloader")
     }
 }
 

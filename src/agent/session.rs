@@ -22,8 +22,8 @@ use crate::net;
 use crate::net::tls::{Failed, Sniffed, Stream, TLS_ALERT};
 use crate::wire::{self, AgentMessage, Hello, Rejection, RejectionReason, ServerMessage};
 
-use super::Agent;
 use super::forward::Forwarder;
+use super::{Agent, Shared};
 
 /// For the TCP connection. A server that is there answers within a second even from far away;
 /// one that isn't should be given up before the kernel does (about two minutes).
@@ -135,38 +135,41 @@ pub(super) async fn dial(
     agent: &Agent,
     last_port: u16,
 ) -> Result<Session<impl Future<Output = Result<(), http2::Error>> + Send + use<>>, Lost> {
-    let address = &agent.shared.config.grpc.server_address;
+    // The same settings from the first byte to the welcome.
+    let shared = agent.live.shared.load_full();
+    let address = &shared.config.grpc.server_address;
     let connect = net::dial::connect(&address.host, address.port);
     let stream = match timeout(CONNECT_TIMEOUT, connect).await {
         Ok(connected) => connected.map_err(Lost::Connect)?,
         Err(_) => return Err(Lost::Connect(io::ErrorKind::TimedOut.into())),
     };
     http2::prepare(&stream).map_err(Lost::Connect)?;
-    let patience = WELCOME_TIMEOUT.min(agent.shared.config.grpc.heartbeat_timeout);
+    let patience = WELCOME_TIMEOUT.min(shared.config.grpc.heartbeat_timeout);
     let stream = Sniffed::new(stream);
     let first_byte = stream.first_byte();
     let greeted = async {
-        let stream = match &agent.shared.tls {
+        let stream = match &shared.tls {
             None => Stream::Left(stream),
             Some(tls) => {
                 tls.look();
                 tls.connect(stream).await?
             }
         };
-        greet(agent, stream, last_port).await
+        greet(agent, &shared, stream, last_port).await
     };
     timeout(patience, greeted)
         .await
         .unwrap_or(Err(Lost::NoWelcome(patience)))
         .map_err(|lost| match first_byte() {
             // An alert is the answer of TLS to what isn't TLS.
-            Some(TLS_ALERT) if agent.shared.tls.is_none() => Lost::ServerSpeaksTls,
+            Some(TLS_ALERT) if shared.tls.is_none() => Lost::ServerSpeaksTls,
             _ => lost,
         })
 }
 
 async fn greet(
     agent: &Agent,
+    shared: &Shared,
     stream: Stream<Sniffed<TcpStream>>,
     last_port: u16,
 ) -> Result<Session<impl Future<Output = Result<(), http2::Error>> + Send + use<>>, Lost> {
@@ -174,12 +177,12 @@ async fn greet(
         .await
         .map_err(Lost::Handshake)?;
     let mut connection = Box::pin(connection);
-    let mut client = Client::with_origin(service, agent.shared.origin.clone())
+    let mut client = Client::with_origin(service, shared.origin.clone())
         .max_decoding_message_size(wire::MAX_MESSAGE);
     let (give_link, link) = oneshot::channel();
     let (open, closing) = oneshot::channel();
     let outbound = Outbound {
-        state: State::Hello(Box::new(hello(agent, last_port))),
+        state: State::Hello(Box::new(hello(agent, shared, last_port))),
         link,
         closing,
         frames: Vec::new(),
@@ -225,8 +228,8 @@ async fn greet(
     })
 }
 
-fn hello(agent: &Agent, last_port: u16) -> Hello {
-    let token = &agent.shared.config.grpc.token;
+fn hello(agent: &Agent, shared: &Shared, last_port: u16) -> Hello {
+    let token = &shared.config.grpc.token;
     Hello {
         version: wire::VERSION,
         agent_id: agent.id.to_string(),
@@ -236,7 +239,7 @@ fn hello(agent: &Agent, last_port: u16) -> Hello {
             .unwrap_or_default(),
         instance: agent.instance.to_vec().into(),
         software: concat!("silo-proxy/", env!("CARGO_PKG_VERSION")).into(),
-        labels: agent.shared.config.agent.labels.clone(),
+        labels: shared.config.agent.labels.clone(),
         last_port: last_port.into(),
         ..Hello::default()
     }
@@ -283,7 +286,7 @@ where
         self,
         forwarder: &Forwarder,
         shutdown: Pin<&mut (impl Future<Output = ()> + Send)>,
-        grace: Duration,
+        grace: impl Fn() -> Duration,
     ) -> Outcome {
         let Self {
             link,
@@ -322,7 +325,7 @@ where
         };
 
         link.drain();
-        let idle = pin!(timeout(grace, link.idle()));
+        let idle = pin!(timeout(grace(), link.idle()));
         if let Either::Right(_) = select(carry.as_mut(), idle).await {
             // What is still to be sent goes first, then the stream ends, then the server's does.
             drop(open);

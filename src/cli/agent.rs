@@ -1,15 +1,17 @@
 //! `silo-proxy agent`: keeps a local service reachable through a server, until told to stop.
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 
 use super::notify::Manager;
 use super::{
-    ConfigArg, Failure, Outcome, block_on, raise_descriptor_limit, say, sources, start_log,
-    told_to_stop,
+    ConfigArg, Failure, Outcome, block_on, not_reloaded, raise_descriptor_limit, reloaded, say,
+    sources, start_log, told_to_reload, told_to_stop,
 };
-use crate::agent::{Agent, Event};
-use crate::config::{AgentConfig, Sources};
+use crate::agent::{Agent, Event, Reloader};
+use crate::config::{AgentConfig, ConfigError, Sources};
+use crate::telemetry::Telemetry;
 
 /// Run an agent: it makes a local service reachable through a server
 #[derive(Debug, clap::Args)]
@@ -72,37 +74,60 @@ pub(super) fn run(args: AgentArgs) -> Outcome {
         None => sources(args.file.config.as_deref()),
         Some(What::Http(http)) => http.sources(),
     };
-    let config = AgentConfig::load(&sources)?;
-    start_log(&config.log)?;
+    let load = || AgentConfig::load(&sources);
+    let config = load()?;
+    let telemetry = start_log(&config.log)?;
     raise_descriptor_limit();
-    let service = config.local.service_url.to_string();
     let manager = Arc::new(Manager::from_environment());
     let told = manager.clone();
-    let agent = Agent::new(config)
-        .map_err(Failure::usage)?
-        .on_event(move |event| match event {
-            Event::Connected { public_url, .. } => {
-                // The rest is in the log.
-                say(format_args!("{public_url} -> {service}"));
-                told.status(format_args!("{public_url} leads to {service}"));
-            }
-            Event::Rejected { reason, detail, .. } => {
-                told.status(format_args!("rejected, {}: {detail}", reason.as_str()));
-            }
-            Event::Disconnected { why, .. } => told.status(format_args!("not connected: {why}")),
-        });
+    let agent = Agent::new(config).map_err(Failure::usage)?;
+    let reloader = agent.reloader();
+    let settings = reloader.clone();
+    let agent = agent.on_event(move |event| match event {
+        Event::Connected { public_url, .. } => {
+            let service = settings.config().local.service_url;
+            // The rest is in the log.
+            say(format_args!("{public_url} -> {service}"));
+            told.status(format_args!("{public_url} leads to {service}"));
+        }
+        Event::Rejected { reason, detail, .. } => {
+            told.status(format_args!("rejected, {}: {detail}", reason.as_str()));
+        }
+        Event::Disconnected { why, .. } => told.status(format_args!("not connected: {why}")),
+    });
     block_on(async {
         let stop = told_to_stop()?;
+        let mut hangup = told_to_reload()?;
         // A server that is away is no fault of this process: it is ready once it tries.
         manager.ready("connecting");
-        agent
-            .run(async {
-                stop.await;
-                manager.stopping();
-            })
-            .await;
-        Ok(())
+        let mut running = pin!(agent.run(async {
+            stop.await;
+            manager.stopping();
+        }));
+        loop {
+            tokio::select! {
+                () = &mut running => return Ok(()),
+                _ = hangup.recv() => reload(&reloader, &telemetry, load()),
+            }
+        }
     })?
+}
+
+/// Has the agent go by settings that have been read again, and says what became of that.
+fn reload(reloader: &Reloader, telemetry: &Telemetry, config: Result<AgentConfig, ConfigError>) {
+    let config = match config {
+        Ok(config) => config,
+        Err(error) => return not_reloaded(error),
+    };
+    match reloader.reload(config) {
+        Ok(changes) => {
+            if changes.touch(&["log.level"]) {
+                telemetry.set_filter(&reloader.config().log.level);
+            }
+            reloaded(&changes);
+        }
+        Err(error) => not_reloaded(error),
+    }
 }
 
 impl HttpArgs {

@@ -3,6 +3,7 @@
 mod agent;
 pub mod agents;
 mod certs;
+mod check;
 mod demo;
 mod notify;
 mod server;
@@ -47,6 +48,7 @@ enum Command {
     Demo(demo::DemoArgs),
     Agents(agents::AgentsArgs),
     Certs(certs::CertsArgs),
+    Check(check::CheckArgs),
     Swarm(swarm::SwarmArgs),
 }
 
@@ -59,6 +61,7 @@ pub fn run() -> ExitCode {
         Command::Agents(args) => block_on(agents::run(&args, variable))
             .and_then(|outcome| outcome.map_err(Failure::failed)),
         Command::Certs(args) => certs::run(args),
+        Command::Check(args) => check::run(&args),
         Command::Swarm(args) => swarm::run(args),
     };
     let code = match outcome {

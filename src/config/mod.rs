@@ -24,7 +24,7 @@ pub use agent::{AgentConfig, AgentProcess, DialConfig, DialTls, LocalConfig, Loc
 pub use fault::{ConfigError, Fault, FaultKind, Place};
 pub use reload::Changes;
 pub use server::{HttpConfig, ProcessConfig, ServerConfig, TunnelConfig, TunnelTls};
-pub use sources::Sources;
+pub use sources::{Sources, secret_files};
 pub use table::{Kind, Preset, Reload, Role, Setting, environment_name, example, markdown, table};
 pub use value::{Cidr, HostHeader, HostPort, InvalidValue, LogOutput, PemFile, Scheme, ServiceUrl};
 

@@ -73,6 +73,12 @@ impl Sources {
     }
 }
 
+/// The files that hold secrets of `role`, each with the key that stands for it: `…_file`, or the
+/// setting itself where the secret is written in the file of settings. Faults are passed over.
+pub fn secret_files(role: Role, sources: &Sources) -> Vec<(String, PathBuf)> {
+    Reader::new(role, sources).secret_files
+}
+
 /// A value that was found, still as it was written.
 #[derive(Debug)]
 struct Found {
@@ -126,6 +132,8 @@ pub(super) struct Reader {
     unread: bool,
     /// Names of files stand relative to the file that names them.
     directory: PathBuf,
+    /// Files with secrets in them, and the keys by which they are known.
+    secret_files: Vec<(String, PathBuf)>,
 }
 
 impl Reader {
@@ -138,6 +146,7 @@ impl Reader {
             faulty: BTreeSet::new(),
             unread: false,
             directory: PathBuf::new(),
+            secret_files: Vec::new(),
         };
         if let Some(path) = &sources.file {
             reader.directory = path.parent().map(Path::to_owned).unwrap_or_default();
@@ -156,6 +165,9 @@ impl Reader {
             }
         }
         reader.resolve_files();
+        if let Some(path) = &sources.file {
+            reader.note_secrets_in(path);
+        }
         reader
     }
 
@@ -729,6 +741,7 @@ impl Reader {
                 }
             };
             let name = file.display().to_string();
+            self.secret_files.push((key, file));
             if setting.kind == Kind::Tokens {
                 if let Some(node) = self.tree(&name, bytes) {
                     let at = place(&name, node.at);
@@ -748,6 +761,20 @@ impl Reader {
             let text = text.strip_suffix('\n').unwrap_or(&text);
             let text = text.strip_suffix('\r').unwrap_or(text).to_owned();
             self.put(setting.path, Raw::Text(text), found.place, found.source);
+        }
+    }
+
+    /// Notes the secrets that stand in the file of settings itself.
+    fn note_secrets_in(&mut self, path: &Path) {
+        for setting in table(self.role) {
+            let from_elsewhere =
+                |(key, _): &(String, PathBuf)| key.strip_suffix("_file") == Some(setting.path);
+            let here =
+                (self.found.get(setting.path)).is_some_and(|found| found.source == Source::File);
+            if setting.kind.from_file() && here && !self.secret_files.iter().any(from_elsewhere) {
+                let entry = (setting.path.to_owned(), path.to_owned());
+                self.secret_files.push(entry);
+            }
         }
     }
 

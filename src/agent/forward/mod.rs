@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use futures_util::future::poll_fn;
 use slab::Slab;
 
@@ -31,7 +32,7 @@ pub use service::ServiceError;
 
 /// Forwards exchanges. When it is dropped, the workers that have nothing to do end; the others
 /// end with their exchanges.
-pub(super) struct Forwarder(Arc<Shared>);
+pub(super) struct Forwarder(ArcSwap<Shared>);
 
 struct Shared {
     service: Arc<Service>,
@@ -152,23 +153,19 @@ impl Limits {
 
 impl Forwarder {
     pub(super) fn new(service: Arc<Service>, config: &LocalConfig) -> Self {
-        Self(Arc::new(Shared {
-            service,
-            limits: Limits::new(config),
-            now: AtomicU64::new(0),
-            state: Mutex::new(State {
-                waiting: VecDeque::new(),
-                workers: Slab::new(),
-                idle: Vec::new(),
-                ticking: false,
-                closed: false,
-            }),
-        }))
+        Self(ArcSwap::from_pointee(Shared::new(service, config)))
+    }
+
+    /// Forwards what comes from now on to this service. What has come before is served as before,
+    /// by the workers that have it or that it waits for, and then these are gone.
+    pub(super) fn replace(&self, service: Arc<Service>, config: &LocalConfig) {
+        let old = self.0.swap(Arc::new(Shared::new(service, config)));
+        old.close();
     }
 
     /// Forwards an exchange as soon as a worker is free.
     pub(super) fn submit(&self, exchange: Exchange, head: RequestHead) {
-        let shared = &self.0;
+        let shared = &*self.0.load();
         let task = Task { exchange, head };
         let mut state = shared.lock();
         while let Some((index, _)) = state.idle.pop() {
@@ -206,20 +203,42 @@ impl Forwarder {
 
 impl Drop for Forwarder {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
+        let shared = self.0.load();
+        let waiting = std::mem::take(&mut shared.lock().waiting);
+        shared.close();
+        // Outside of the lock: it locks the link.
+        drop(waiting);
+    }
+}
+
+impl Shared {
+    fn new(service: Arc<Service>, config: &LocalConfig) -> Self {
+        Self {
+            service,
+            limits: Limits::new(config),
+            now: AtomicU64::new(0),
+            state: Mutex::new(State {
+                waiting: VecDeque::new(),
+                workers: Slab::new(),
+                idle: Vec::new(),
+                ticking: false,
+                closed: false,
+            }),
+        }
+    }
+
+    /// Has the workers end that have nothing to do; the others end when they have nothing more.
+    fn close(&self) {
+        let mut state = self.lock();
         state.closed = true;
-        let waiting = std::mem::take(&mut state.waiting);
         let wakers: Vec<_> = std::mem::take(&mut state.idle)
             .into_iter()
             .filter_map(|(index, _)| state.workers.get_mut(index)?.call(Call::Leave))
             .collect();
         drop(state);
         wakers.into_iter().for_each(Waker::wake);
-        drop(waiting);
     }
-}
 
-impl Shared {
     fn now(&self) -> u64 {
         self.now.load(Ordering::Relaxed)
     }
