@@ -49,7 +49,7 @@ fn try_connect(address: SocketAddr) -> io::Result<TcpStream> {
 }
 
 fn try_get_on(stream: &mut TcpStream, target: &str) -> io::Result<Answer> {
-    stream.write_all(format!("GET {target} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes())?;
+    stream.write_all(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes())?;
     try_read_answer(stream, false)
 }
 
