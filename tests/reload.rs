@@ -389,6 +389,7 @@ fn an_agent_changes_its_service_and_token_without_losing_its_session() {
     );
     process.wait_for(&["WARN", "grpc.agent_id", "restart"]);
     assert_eq!(ask(), "two");
+    process.wait_for(&["TRACE"]);
 
     let told = telling_service();
     file.edit(&[
