@@ -549,7 +549,7 @@ impl Polls {
             while !stopped.load(Ordering::Relaxed) {
                 let asked = Instant::now();
                 writer
-                    .write_all(b"GET /agents HTTP/1.1\r\nHost: a\r\n\r\n")
+                    .write_all(b"GET /agents HTTP/1.1\r\nHost: localhost\r\n\r\n")
                     .unwrap();
                 let answer = common::read_answer(&mut reader, false);
                 taken.push(asked.elapsed());

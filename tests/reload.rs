@@ -256,7 +256,9 @@ fn a_shrunk_range_drains() {
     assert!(drains.process.wait().success());
     let closed = || refuses(drains.address());
     eventually(PATIENCE, "the port is closed without a lease", closed);
-    assert_eq!(server.agents(), [("stays".to_owned(), stays.port)]);
+    eventually(PATIENCE, "it is listed no longer", || {
+        server.agents() == [("stays".to_owned(), stays.port)]
+    });
     assert_eq!(server.metric("silo_ports", ""), 1.0);
     let again = server.start_agent("drains", &format!("http://{service}"), &[]);
     again.wait_for(&["rejected"]);

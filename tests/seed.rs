@@ -387,8 +387,8 @@ fn agents_show_the_token_they_must() {
             "{line}"
         );
     }
-    // Not once for each attempt.
-    assert_eq!(server.process.count(&["agent rejected"]), 2);
+    // Once for each id and what is wrong with it, not for each attempt.
+    assert_eq!(server.process.count(&["agent rejected"]), 3);
     assert_eq!(server.metric("silo_rejections_total", "auth"), 5.0);
     assert_eq!(server.metric("silo_registrations_total", ""), 2.0);
 }

@@ -454,7 +454,8 @@ fn turn_away(
     });
 }
 
-/// Says who was turned away and what mends it; once a minute for each id and reason.
+/// Says who was turned away and what mends it; once a minute for each id and text, so that who mends
+/// one thing after the other sees what is next.
 fn log_rejection(worker: &Worker, connection: &Connection, agent_id: &ShownId, turned: &Turned) {
     let Turned { kind, rejection } = turned;
     let (reason, detail) = (kind.as_str(), &rejection.detail);
@@ -462,7 +463,7 @@ fn log_rejection(worker: &Worker, connection: &Connection, agent_id: &ShownId, t
         ShownId::Valid(id) => id.into(),
         ShownId::Invalid(_) => Who::Address(connection.peer.ip()),
     };
-    let Some(Told { repeated, others }) = may_say(reason, who) else {
+    let Some(Told { repeated, others }) = may_say(detail, who) else {
         return;
     };
     let peer = connection.peer;

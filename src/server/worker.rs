@@ -442,7 +442,8 @@ fn log_failed_handshake(peer: SocketAddr, failure: HandshakeFailure) {
 
 /// Says that there was no TLS with somebody, and why.
 fn log_failed_tls(peer: SocketAddr, why: impl std::fmt::Display) {
-    if let Some(Told { repeated, others }) = may_say("tls", peer.ip()) {
+    let why = why.to_string();
+    if let Some(Told { repeated, others }) = may_say(&why, peer.ip()) {
         warn!(%peer, repeated, others, "TLS handshake failed: {why}");
     }
 }

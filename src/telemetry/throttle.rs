@@ -1,6 +1,7 @@
 //! What strangers can make us log, and how often.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ const MEMORY: Duration = Duration::from_secs(120);
 /// How many lines are said in any second, for all strangers together.
 const PER_SECOND: usize = 10;
 
-/// Whom a line is about: the same kind of line about another one isn't a repetition.
+/// Whom a line is about: the same line about another one isn't a repetition.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Who {
     /// Nobody in particular.
@@ -53,13 +54,13 @@ impl From<IpAddr> for Who {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[must_use = "the line is to be said"]
 pub struct Told {
-    /// Lines of the same kind about the same one that were left out since the last one.
+    /// The same lines about the same one that were left out since the last one.
     pub repeated: Option<u64>,
     /// Lines about others that were left out for being too many.
     pub others: Option<u64>,
 }
 
-/// Decides which of the lines that strangers cause are said: the first of its kind about somebody
+/// Decides which of the lines that strangers cause are said: the first of a kind about somebody
 /// at once, then one a minute; [`PER_SECOND`] a second in all.
 ///
 /// It remembers what was said within [`MEMORY`] only, so it holds `PER_SECOND` times that many
@@ -67,12 +68,15 @@ pub struct Told {
 /// when they are forgotten, so every line left out is counted in one that is said.
 #[derive(Debug, Default)]
 pub struct Throttle {
-    said: HashMap<(&'static str, Who), Said>,
+    said: HashMap<Key, Said>,
     /// What was said when, oldest first. What has been said again stands here twice.
-    order: VecDeque<(Duration, (&'static str, Who))>,
+    order: VecDeque<(Duration, Key)>,
     /// Lines left out that belong to no entry.
     others: u64,
 }
+
+/// What a line says, hashed, as the text may be long; and about whom.
+type Key = (u64, Who);
 
 #[derive(Debug)]
 struct Said {
@@ -81,9 +85,9 @@ struct Said {
 }
 
 impl Throttle {
-    /// Asks for the word to say a line of `kind` about `who`. `now` counts from any fixed moment
-    /// and doesn't go back.
-    pub fn ask(&mut self, kind: &'static str, who: Who, now: Duration) -> Option<Told> {
+    /// Asks for the word to say `what` about `who`. `now` counts from any fixed moment and doesn't
+    /// go back.
+    pub fn ask(&mut self, what: &str, who: Who, now: Duration) -> Option<Told> {
         self.forget(now);
         let second_full = self
             .order
@@ -91,7 +95,9 @@ impl Throttle {
             .checked_sub(PER_SECOND)
             .and_then(|index| self.order.get(index))
             .is_some_and(|(at, _)| now.saturating_sub(*at) < Duration::from_secs(1));
-        let key = (kind, who);
+        let mut hasher = DefaultHasher::new();
+        what.hash(&mut hasher);
+        let key = (hasher.finish(), who);
         let repeated = match self.said.get_mut(&key) {
             Some(said) if second_full || now.saturating_sub(said.at) < INTERVAL => {
                 said.repeated += 1;
@@ -131,16 +137,17 @@ impl Throttle {
     }
 }
 
-/// Asks for the word to log a line of `kind` about `who`, which a stranger has caused. One
-/// [`Throttle`] decides for the process, as there is one log.
-pub fn may_say(kind: &'static str, who: impl Into<Who>) -> Option<Told> {
+/// Asks for the word to log `what` about `who`, which a stranger has caused. `what` is a kind of
+/// line, or a text that is news when it changes. One [`Throttle`] decides for the process, as
+/// there is one log.
+pub fn may_say(what: &str, who: impl Into<Who>) -> Option<Told> {
     /// Held for a look-up, by whoever has turned a stranger away.
     static THROTTLE: LazyLock<(Instant, Mutex<Throttle>)> =
         LazyLock::new(|| (Instant::now(), Mutex::default()));
     let (epoch, throttle) = &*THROTTLE;
     let now = epoch.elapsed();
     let mut throttle = throttle.lock().unwrap_or_else(PoisonError::into_inner);
-    throttle.ask(kind, who.into(), now)
+    throttle.ask(what, who.into(), now)
 }
 
 #[cfg(test)]
