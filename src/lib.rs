@@ -79,6 +79,11 @@
 //! The cores get the time as an argument. A tunnel has one timer, for heartbeats. Visitors'
 //! connections have none: each notes what it waits for, and a worker's sweep looks at all of them
 //! twice a second.
+//!
+//! # Settings that change
+//! What a server is told is one value that a reload replaces as a whole; a request, a connection or
+//! a session takes it once where it begins, so none goes by half of the old and half of the new.
+//! [`config::table()`] knows for each setting whether it can change while the process runs.
 
 pub mod agent;
 pub mod auth;

@@ -381,7 +381,7 @@ fn an_agent_changes_its_service_and_token_without_losing_its_session() {
         ("local.service_url", &format!("http://{two}")),
         ("grpc.token", "second-token-of-agent"),
         ("grpc.agent_id", "another"),
-        ("log.level", "trace"),
+        ("log.level", "info,h2=trace"),
     ]);
     process.signal("HUP");
     let line = process.wait_for(&["SIGHUP: settings reloaded"]);
@@ -391,6 +391,7 @@ fn an_agent_changes_its_service_and_token_without_losing_its_session() {
     );
     process.wait_for(&["WARN", "grpc.agent_id", "restart"]);
     assert_eq!(ask(), "two");
+    process.wait_for(&["TRACE", "h2::"]);
 
     let told = telling_service();
     file.edit(&[

@@ -168,7 +168,7 @@ impl Kernel {
         Self::parse(&text(EPHEMERAL), &text(RESERVED))
     }
 
-    /// From `32768	60999` and from `8080,9000-9100`.
+    /// From two numbers with a tab between them, and from a list such as `8080,9000-9100`.
     fn parse(ephemeral: &str, reserved: &str) -> Self {
         let range = |(start, end): (&str, &str)| {
             let port = |text: &str| text.trim().parse::<u16>().ok();
@@ -216,11 +216,7 @@ fn ephemeral_ports(http: &HttpConfig, kernel: &Kernel) -> Vec<Finding> {
             Ports(given)
         ),
     };
-    let mut reserved: Vec<String> = kernel
-        .reserved
-        .iter()
-        .map(|range| show_range(range))
-        .collect();
+    let mut reserved: Vec<String> = kernel.reserved.iter().map(show_range).collect();
     reserved.push(Ports(&given).to_string().replace(' ', ""));
     let mend = format!(
         "move the range, or `sysctl -w net.ipv4.ip_local_reserved_ports={}`",

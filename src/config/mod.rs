@@ -8,7 +8,7 @@
 //! connects nowhere, and opens no file but the configuration and those it names for secrets and
 //! certificates.
 //!
-//! [`table`] declares every setting once: its path, what may stand there, its default and why.
+//! [`table()`] declares every setting once: its path, what may stand there, its default and why.
 //! The parser, the names in the environment and the tables in the README all come from it.
 
 mod agent;

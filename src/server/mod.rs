@@ -336,10 +336,12 @@ impl Server {
     }
 
     /// Goes by `new` settings from now on, except for those that can't change while the server
-    /// runs; on an error by none of them. Connections, sessions and requests that have begun keep
-    /// the limits with which they began where [`table`](crate::config::table) doesn't say
-    /// otherwise, and a session whose credential has changed goes on. `log.level` is left to whoever
-    /// started the log.
+    /// runs; on an error by none of them. Requests and sessions that have begun keep their limits,
+    /// and a session whose credential has changed goes on; the times of visitors' connections
+    /// count for those that are open, too. `log.level` is left to whoever started the log.
+    ///
+    /// # Errors
+    /// See [`ReloadError`].
     pub fn reload(&mut self, new: ServerConfig) -> Result<Reloaded, ReloadError> {
         let (config, changes) = self.config().replaced_by(new)?;
         let mut draining = 0;
