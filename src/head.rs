@@ -35,6 +35,12 @@ impl RequestHead {
 }
 
 impl ResponseHead {
+    /// Asks for the request's body (RFC 9110, section 15.2.1). Header lines mean nothing in it.
+    pub const GO_AHEAD: Self = Self {
+        status: 100,
+        lines: Lines(Bytes::new()),
+    };
+
     /// What the head costs to hold, in bytes.
     pub fn size(&self) -> usize {
         self.lines.size()

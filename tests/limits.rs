@@ -594,6 +594,30 @@ fn malformed_heads_reach_nobody() {
     assert_eq!(stand.ask(GET).text(), "ok");
 }
 
+/// Whoever speaks something else is told at once, not when the time for a head is over.
+#[test]
+fn what_is_no_http_is_told_at_once() {
+    let stand = Stand::with(Recorder::new(), &[("http.head_timeout", "1h")], &[]);
+    for (name, bytes) in [
+        ("TLS", &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"[..]),
+        ("SSH", b"SSH-2.0-OpenSSH_9.6\r\n"),
+        ("SMTP", b"HELO x\r\n"),
+    ] {
+        let mut visitor = send(stand.agent.address(), bytes);
+        let answer = read_answer(&mut visitor, false);
+        assert_problem(&answer, 400, "bad_request");
+        assert_eq!(answer.header("connection"), ["close"], "{name}");
+    }
+    assert!(stand.service.is_empty());
+
+    let banner = service(|mut stream| {
+        let _ = stream.write_all(b"SSH-2.0-OpenSSH_9.6\r\n");
+        let _ = read_to_close(&mut stream);
+    });
+    let agent = stand.server.agent("ssh", banner);
+    assert_problem(&ask(agent.address(), GET), 502, "upstream_error");
+}
+
 /// What reaches the service in spite of being written oddly has one meaning only.
 #[test]
 fn what_is_lenient_is_normalised() {

@@ -79,6 +79,15 @@ impl BodyDecoder {
         self.0 == State::Done
     }
 
+    /// How much of the body is still to come at least.
+    pub fn left(&self) -> u64 {
+        match self.0 {
+            State::Length(left) | State::Chunk(left) => left,
+            State::Size | State::ChunkEnd | State::Trailers => 0,
+            State::UntilClose | State::Done => 0,
+        }
+    }
+
     /// Takes what there is of the body off the front of `bytes`. After [`Piece::End`] what is
     /// left there is the next message's.
     ///

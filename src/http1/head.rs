@@ -34,6 +34,16 @@ pub struct HeadScan {
     line_start: usize,
     /// Lines so far that weren't empty.
     lines: usize,
+    /// How much of the first line has been found plausible.
+    judged: Judged,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Judged {
+    #[default]
+    Nothing,
+    Beginning,
+    Line,
 }
 
 impl HeadScan {
@@ -77,6 +87,37 @@ impl HeadScan {
         Ok(None)
     }
 
+    /// Whether a request can become of `bytes`, of which no end has been found yet. Looks once at
+    /// its beginning and once at the first line when that is complete, so that whoever speaks
+    /// something else is told at once.
+    pub fn may_be_request(&mut self, bytes: &[u8]) -> bool {
+        self.judge(|| {
+            let mut none = [];
+            let outcome = httparse::Request::new(&mut none).parse(bytes);
+            is_beginning(outcome)
+        })
+    }
+
+    /// The same for an answer.
+    pub fn may_be_response(&mut self, bytes: &[u8]) -> bool {
+        self.judge(|| {
+            let mut none = [];
+            let outcome = httparse::Response::new(&mut none).parse(bytes);
+            is_beginning(outcome)
+        })
+    }
+
+    fn judge(&mut self, plausible: impl FnOnce() -> bool) -> bool {
+        let there = match self.lines {
+            0 if self.line_start == self.scanned => Judged::Nothing,
+            0 => Judged::Beginning,
+            _ => Judged::Line,
+        };
+        let new = there > self.judged;
+        self.judged = there;
+        !new || plausible()
+    }
+
     fn too_large(&self, line: usize, limits: HeadLimits) -> TooLarge {
         if self.lines == 0 && line + LINE_END > limits.line {
             TooLarge::Line
@@ -84,6 +125,11 @@ impl HeadScan {
             TooLarge::Head
         }
     }
+}
+
+/// Whether a head may begin so, of which the parser was given no room for lines.
+fn is_beginning(outcome: httparse::Result<usize>) -> bool {
+    matches!(outcome, Ok(_) | Err(httparse::Error::TooManyHeaders))
 }
 
 /// CRLF.
@@ -293,6 +339,32 @@ mod tests {
             for step in [1, 2, 3, 100] {
                 assert_eq!(scan(bytes.as_bytes(), step), Ok(end), "{bytes:?} {step}");
             }
+        }
+    }
+
+    #[test]
+    fn what_is_something_else_is_found_early() {
+        let judged = |bytes: &[u8], judge: fn(&mut HeadScan, &[u8]) -> bool| {
+            (1..=bytes.len()).all(|seen| {
+                let mut scan = HeadScan::default();
+                let bytes = &bytes[..seen];
+                scan.scan(bytes, LIMITS) == Ok(None) && judge(&mut scan, bytes)
+            })
+        };
+        let request = |bytes: &[u8]| judged(bytes, HeadScan::may_be_request);
+        assert!(request(b"\r\nGET / HTTP/1.1\r\nHost: a\r\nX"));
+        for other in [
+            &b"\x16\x03\x01\x02\x00"[..],
+            b"SSH-2.0-foo\r\n",
+            b"HELO x\r\n",
+            b"GET / FTP/1.1\r\n",
+        ] {
+            assert!(!request(other), "{other:?}");
+        }
+        let answer = |bytes: &[u8]| judged(bytes, HeadScan::may_be_response);
+        assert!(answer(b"HTTP/1.1 200 OK\r\nA: b\r\nX"));
+        for other in [&b"SSH-2.0-foo\r\n"[..], b"220 mail\r\n", b"\x15\x03"] {
+            assert!(!answer(other), "{other:?}");
         }
     }
 

@@ -66,7 +66,9 @@ pub(super) struct Exchange {
     pub(super) head_out: Option<HeadOut>,
     /// The application has given the head, sent or not; until then its body waits.
     pub(super) head_given: bool,
-    /// The newest interim answer not yet sent. One place: a newer one replaces it.
+    /// A 100 not yet sent. State, not a place in a queue: nothing replaces it.
+    pub(super) go_ahead_out: bool,
+    /// The newest other interim answer not yet sent. One place: a newer one replaces it.
     pub(super) interim_out: Option<ResponseHead>,
     pub(super) outbox: Chunks,
     pub(super) send_window: SendWindow,
@@ -81,7 +83,9 @@ pub(super) struct Exchange {
     /// Why nothing can be sent any more, where it wasn't our own choice.
     pub(super) stopped: Option<Reason>,
 
-    /// The newest interim answer not yet taken. One place: a peer can't pile them up.
+    /// A 100 not yet taken.
+    pub(super) go_ahead_in: bool,
+    /// The newest other interim answer not yet taken. One place: a peer can't pile them up.
     pub(super) interim_in: Option<ResponseHead>,
     pub(super) head_in: Option<ResponseHead>,
     /// The peer's head has come (an acceptor's exchange begins with it).
@@ -116,6 +120,7 @@ impl Exchange {
             id,
             head_out: None,
             head_given: false,
+            go_ahead_out: false,
             interim_out: None,
             outbox: Chunks::default(),
             send_window: SendWindow::new(RESERVED_WINDOW),
@@ -124,6 +129,7 @@ impl Exchange {
             sent_end: false,
             cancel: Cancel::No,
             stopped: None,
+            go_ahead_in: false,
             interim_in: None,
             head_in: None,
             head_seen: false,
@@ -166,6 +172,7 @@ impl Exchange {
             return false;
         }
         self.head_out.is_some()
+            || self.go_ahead_out
             || self.interim_out.is_some()
             || (self.head_given && !self.outbox.is_empty() && self.send_window.available() > 0)
             || (self.outbox.is_empty() && self.ending_out.is_some())
@@ -183,6 +190,10 @@ impl Exchange {
     pub(super) fn take_turn(&mut self, quantum: usize, frames: &mut Vec<Frame>) -> usize {
         let before = frames.len();
         let id = self.id;
+        if std::mem::take(&mut self.go_ahead_out) {
+            let head = ResponseHead::GO_AHEAD;
+            frames.push(Frame::Interim { id, head });
+        }
         if let Some(head) = self.interim_out.take() {
             frames.push(Frame::Interim { id, head });
         }

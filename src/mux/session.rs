@@ -217,6 +217,9 @@ impl Session {
         if let Some(reason) = exchange.refused {
             return HeadRead::Reset(reason);
         }
+        if std::mem::take(&mut exchange.go_ahead_in) {
+            return HeadRead::Interim(ResponseHead::GO_AHEAD);
+        }
         if let Some(head) = exchange.interim_in.take() {
             return HeadRead::Interim(head);
         }
@@ -264,8 +267,9 @@ impl Session {
     }
 
     /// Queues an interim answer (1xx). One that hasn't been sent yet is replaced, since a later
-    /// one says more; they carry nothing a visitor may rely upon (RFC 9110, section 15.2). Dropped
-    /// after the final answer, and if it is larger than 8 KiB or has another status.
+    /// one says more, and is dropped if it is larger than 8 KiB; they carry nothing a visitor may
+    /// rely upon (RFC 9110, section 15.2). But for 100, which a visitor may wait for: it arrives in
+    /// any case, without lines, which mean nothing there. After the final answer none is sent.
     pub fn interim(&mut self, key: Key, head: ResponseHead) {
         debug_assert_eq!(self.role, Role::Acceptor);
         if let Some(exchange) = self.store.get(key)
@@ -273,9 +277,12 @@ impl Session {
             && !exchange.sent_end
             && !exchange.head_given
             && is_interim(head.status)
-            && head.size() <= MAX_INTERIM
         {
-            exchange.interim_out = Some(head);
+            if head.status == ResponseHead::GO_AHEAD.status {
+                exchange.go_ahead_out = true;
+            } else if head.size() <= MAX_INTERIM {
+                exchange.interim_out = Some(head);
+            }
             self.schedule(key.index);
         }
     }
@@ -392,6 +399,7 @@ impl Session {
         }
         exchange.outbox.clear();
         settle_outbox_loan(exchange, &mut self.budget);
+        exchange.go_ahead_out = false;
         exchange.interim_out = None;
         exchange.ending_out = Some(Ending::Reset(reason));
         if let Some(HeadOut::Open(..)) = exchange.head_out.take() {
@@ -439,6 +447,7 @@ impl Session {
         exchange.released = true;
         exchange.inbox.clear();
         exchange.head_in = None;
+        exchange.go_ahead_in = false;
         exchange.interim_in = None;
         exchange.readable = false;
         exchange.writable = false;
@@ -582,8 +591,11 @@ impl Session {
                     return Err(ProtocolError::OutOfOrder);
                 }
                 let missing = head.size().saturating_sub(exchange.interim_promised);
+                if head.status == ResponseHead::GO_AHEAD.status {
+                    exchange.go_ahead_in = !exchange.discards();
+                    self.note_readable(index);
                 // Dropped where there is no room: nobody may rely upon it.
-                if !exchange.discards()
+                } else if !exchange.discards()
                     && head.size() <= MAX_INTERIM
                     && self.budget.reserve(missing)
                 {

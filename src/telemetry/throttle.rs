@@ -61,9 +61,9 @@ pub struct Told {
 }
 
 /// Decides which of the lines that strangers cause are said: the first of a kind about somebody
-/// at once, then one a minute; [`PER_SECOND`] a second in all.
+/// at once, then one a minute; ten a second in all.
 ///
-/// It remembers what was said within [`MEMORY`] only, so it holds `PER_SECOND` times that many
+/// It remembers what was said for two minutes only, so it holds `PER_SECOND` times that many
 /// seconds at most, 1,200 entries. Repetitions that nothing followed are counted among the others
 /// when they are forgotten, so every line left out is counted in one that is said.
 #[derive(Debug, Default)]

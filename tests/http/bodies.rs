@@ -278,3 +278,13 @@ fn both_bodies_flow_at_once() {
         .unwrap();
     assert_eq!(read_answer(&mut visitor, false).text(), "next");
 }
+
+/// However the visitor's bytes are cut, the service is told that the body is empty.
+#[test]
+fn an_empty_body_in_chunks_is_an_empty_body() {
+    let stand = Stand::new();
+    let head = "POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let mut visitor = send(stand.agent.address(), format!("{head}0\r\n\r\n"));
+    assert_eq!(read_answer(&mut visitor, false).status, 200);
+    assert_eq!(stand.service.next().header("content-length"), ["0"]);
+}

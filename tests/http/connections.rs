@@ -158,6 +158,40 @@ fn a_service_that_closes_idle_connections_costs_no_get() {
     assert_eq!(server.metric("silo_failures_total", ""), 0.0);
 }
 
+/// What a service sends without being asked is nobody's answer.
+#[test]
+fn a_stray_answer_reaches_nobody() {
+    let (strayed, stray) = channel();
+    let address = service(move |mut stream| {
+        stream.set_nodelay(true).unwrap();
+        while let Ok(request) = read_request(&mut stream) {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+            if request.line().contains("stray") {
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nEVIL");
+                let _ = strayed.lock().unwrap().send(());
+            }
+        }
+    });
+    let server = Server::start();
+    let settings = [("local.max_connections", "1")];
+    let agent = server.agent_with("a", address, &settings);
+    let mut visitor = connect(agent.address());
+    for round in 0..100 {
+        for target in ["/stray", "/normal"] {
+            write!(visitor, "GET {target} HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
+            let answer = read_answer(&mut visitor, false);
+            assert_eq!(
+                (answer.status, answer.text().as_str()),
+                (200, "ok"),
+                "{round} {target}"
+            );
+            if target == "/stray" {
+                take(&stray, "the stray answer");
+            }
+        }
+    }
+}
+
 /// What the service may have acted upon is sent again only where that does no harm.
 #[test]
 fn a_request_is_sent_twice_at_most_and_only_if_it_is_idempotent() {

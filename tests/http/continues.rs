@@ -125,6 +125,8 @@ fn a_visitor_may_send_at_once() {
 #[test]
 fn an_http_1_0_visitor_is_never_told_to_go_on() {
     let address = serving(|mut request, mut stream| {
+        // In HTTP/1.0 it means nothing, so nobody is told.
+        assert!(request.header("expect").is_empty());
         let _ = stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
         answer_with_body(&mut request, &mut stream);
     });
@@ -134,6 +136,36 @@ fn an_http_1_0_visitor_is_never_told_to_go_on() {
     let mut visitor = send(agent.address(), format!("{head}hello"));
     let head = read_head(&mut visitor).unwrap();
     assert!(latin1(&head).contains(" 200 "), "{}", latin1(&head));
+}
+
+/// The word to go on isn't lost behind what else the service has to say.
+#[test]
+fn a_100_arrives_whatever_follows_it() {
+    let long = format!("X-Long: {}\r\n", "x".repeat(10_000));
+    for interim in [
+        "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n",
+        "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n",
+        &format!("HTTP/1.1 100 Continue\r\n{long}\r\n"),
+    ] {
+        let said = interim.to_owned();
+        let address = serving(move |mut request, mut stream| {
+            stream.write_all(said.as_bytes()).unwrap();
+            answer_with_body(&mut request, &mut stream);
+        });
+        let server = Server::start();
+        let agent = server.agent("a", address);
+        let mut visitor = send(agent.address(), HEAD);
+        while !read_head(&mut visitor)
+            .unwrap()
+            .starts_with(b"HTTP/1.1 100 ")
+        {}
+        visitor.write_all(b"hello").unwrap();
+        let mut head = read_head(&mut visitor).unwrap();
+        if head.starts_with(b"HTTP/1.1 103 ") {
+            head = read_head(&mut visitor).unwrap();
+        }
+        assert!(head.starts_with(b"HTTP/1.1 200 "), "{}", latin1(&head));
+    }
 }
 
 /// A visitor who leaves while everybody waits is noticed all the same.

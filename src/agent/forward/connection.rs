@@ -1,11 +1,15 @@
 //! A connection to the service, and what has come over it.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, BytesMut};
+use socket2::SockRef;
 use tokio::io::AsyncWrite;
+use tokio::net::TcpStream;
+use tokio_util::either::Either;
 use tokio_util::io::poll_read_buf;
 
 use super::service::ServiceStream;
@@ -97,6 +101,29 @@ impl Connection {
             self.input = BytesMut::new();
         }
         self.poll_fill(cx).map(|_| ())
+    }
+
+    /// Whether nothing has come since the last answer was complete, not even the end of the
+    /// connection: what is there now would be taken for the answer to the next request. Asks the
+    /// kernel, since the runtime may not have heard of it yet.
+    pub(super) fn is_quiet(&self) -> bool {
+        let mut one = [MaybeUninit::uninit()];
+        let peeked = SockRef::from(self.socket()).peek(&mut one);
+        peeked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Ends the connection so that the service can't take what it got for a whole request, and
+    /// hears of it even if it doesn't read.
+    pub(super) fn cut(self) {
+        // If that fails it is broken already.
+        let _ = self.socket().set_zero_linger();
+    }
+
+    fn socket(&self) -> &TcpStream {
+        match &self.stream {
+            Either::Left(plain) => plain,
+            Either::Right(tls) => tls.get_ref().0,
+        }
     }
 
     /// So much of what has come is used.

@@ -59,7 +59,7 @@ pub(super) async fn forward(
         return connection;
     };
     let mut upload = sendable(&exchange, upload)?;
-    let mut connection = match connection {
+    let mut connection = match connection.filter(|connection| connection.is_quiet()) {
         Some(connection) => connection,
         None => open(worker, &exchange).await?,
     };
@@ -70,7 +70,10 @@ pub(super) async fn forward(
         let mut answer = Answer::new(&exchange, &head);
         match poll_fn(|cx| answer.poll(worker, &mut connection, &mut upload, cx)).await {
             Attempt::Answered { reusable } => return reusable.then_some(connection),
-            Attempt::Ended => return None,
+            Attempt::Ended => {
+                connection.cut();
+                return None;
+            }
             Attempt::Broken { written } if !retried && may_repeat(&head, &upload, written) => {
                 retried = true;
                 if written {
@@ -214,8 +217,10 @@ impl<'a> Answer<'a> {
             match connection.poll_write(upload.waiting(), cx) {
                 Poll::Ready(Ok(())) => {
                     self.written = true;
-                    // Its time runs from the last piece of the request that it got.
-                    worker.start_deadline();
+                    if let Stage::Head(_) = self.stage {
+                        // Its time runs from the last piece of the request that it got.
+                        worker.start_deadline();
+                    }
                 }
                 Poll::Ready(Err(error)) => {
                     debug!(%error, "the local service takes no more of the request");
@@ -245,6 +250,9 @@ impl<'a> Answer<'a> {
             return Poll::Ready(None);
         };
         match scan.scan(connection.received(), HEAD_LIMITS) {
+            Ok(None) if !scan.may_be_response(connection.received()) => {
+                return Poll::Ready(Some(self.fail("something else than HTTP/1")));
+            }
             Ok(None) => {}
             Ok(Some(end)) => return Poll::Ready(self.take_head(worker, connection, upload, end)),
             Err(error) => return Poll::Ready(Some(self.fail(error))),

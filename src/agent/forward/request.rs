@@ -101,6 +101,11 @@ impl Upload {
             // The service would take the next request for the body.
             Some(1..) => return Err(InvalidRequest::Length),
             Some(0) => write_length(out.text(), 0),
+            // An empty body in chunks may have come here as none: the service is told the same
+            // however the visitor's bytes were cut.
+            None if matches!(&head.method[..], b"POST" | b"PUT" | b"PATCH") => {
+                write_length(out.text(), 0);
+            }
             None => {}
         }
         out.text().extend_from_slice(b"\r\n");

@@ -312,6 +312,7 @@ fn what_comes_too_late_or_too_large_beside_an_answer_is_dropped() {
     pair.settle();
     assert_eq!(pair.opener.read_head(ours), HeadRead::Pending);
     pair.acceptor.interim(theirs, status(100));
+    pair.acceptor.interim(theirs, status(102));
     pair.settle();
     pair.acceptor.interim(theirs, status(103));
     pair.acceptor.answer(theirs, status(200));
@@ -321,7 +322,9 @@ fn what_comes_too_late_or_too_large_beside_an_answer_is_dropped() {
     pair.acceptor
         .finish(theirs, Some(big_lines(MAX_HEAD + 100)));
     pair.settle();
-    // One place for an interim answer: the newer one is there.
+    // A 100 is kept in any case. For the others there is one place: the newer one is there.
+    let go_ahead = HeadRead::Interim(ResponseHead::GO_AHEAD);
+    assert_eq!(pair.opener.read_head(ours), go_ahead);
     assert_eq!(pair.opener.read_head(ours), HeadRead::Interim(status(103)));
     assert_eq!(pair.opener.read_head(ours), HeadRead::Answer(status(200)));
     assert_eq!(read_all(&mut pair.opener, ours), (10, Read::End(None)));

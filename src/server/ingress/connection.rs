@@ -261,6 +261,10 @@ impl Visitor {
                 });
                 match scan.scan(&self.input, self.limits.head) {
                     Ok(Some(end)) => return Poll::Ready(Ok(Ok(end))),
+                    // It is refused for what it is when it is taken apart.
+                    Ok(None) if !scan.may_be_request(&self.input) => {
+                        return Poll::Ready(Ok(Ok(self.input.len())));
+                    }
                     Err(too_large) => return Poll::Ready(Ok(Err(too_large))),
                     Ok(None) => self.place.head_begins(),
                 }
@@ -407,7 +411,7 @@ impl Serving {
     /// Opens an exchange for the head that `visitor` has received, or answers why not.
     fn open(visitor: &mut Visitor, head: usize) -> Self {
         let mut asked = UNKNOWN;
-        let mut framing = None;
+        let mut known = None;
         let mut grant = None;
         let mut preflight = None;
         let mut record = Record::begin(&visitor.place, visitor.peer.ip());
@@ -425,7 +429,7 @@ impl Serving {
             let facts = check_request(line.method, line.target, line.version, fields.iter())
                 .map_err(Fault::Refused)?;
             asked.persistent = facts.persistent;
-            framing = Some(facts);
+            known = Some(facts);
             if preflight.is_some() {
                 return Ok(None);
             }
@@ -437,23 +441,8 @@ impl Serving {
                 Malformed::Line | Malformed::Field => Refusal::Syntax,
             }))
         });
-        let (body, upload) = match framing {
-            None => (Framing::Length(0), Upload::Complete),
-            Some(facts) if facts.framing == Framing::Length(0) => (facts.framing, Upload::Complete),
-            Some(facts) if facts.expects_continue => (facts.framing, Upload::Held),
-            Some(facts) => (facts.framing, Upload::Sending),
-        };
-        let mut serving = Self {
-            asked,
-            upload,
-            body: BodyDecoder::new(body),
-            received: 0,
-            exchange: None,
-            reply: None,
-            broken_off: false,
-            grant,
-            record,
-        };
+        let mut serving = Self::new(asked, known, record);
+        serving.grant = grant;
         match (opened, preflight) {
             (Ok(_), Some(preflight)) => serving.answer_preflight(visitor, &preflight),
             (Ok(exchange), None) => serving.exchange = exchange,
@@ -464,19 +453,30 @@ impl Serving {
 
     /// Answers a head that can't be read.
     fn refuse(visitor: &mut Visitor, fault: Fault) -> Self {
-        let mut serving = Self {
-            asked: UNKNOWN,
-            upload: Upload::Complete,
-            body: BodyDecoder::new(Framing::Length(0)),
+        let record = Record::begin(&visitor.place, visitor.peer.ip());
+        let mut serving = Self::new(UNKNOWN, None, record);
+        serving.fail(visitor, fault);
+        serving
+    }
+
+    fn new(asked: Asked, facts: Option<RequestFacts>, record: Option<Box<Record>>) -> Self {
+        let framing = facts.map_or(Framing::Length(0), |facts| facts.framing);
+        let upload = match (framing, facts) {
+            (Framing::Length(0), _) => Upload::Complete,
+            (_, Some(facts)) if facts.expects_continue => Upload::Held,
+            _ => Upload::Sending,
+        };
+        Self {
+            asked,
+            upload,
+            body: BodyDecoder::new(framing),
             received: 0,
             exchange: None,
             reply: None,
             broken_off: false,
             grant: None,
-            record: Record::begin(&visitor.place, visitor.peer.ip()),
-        };
-        serving.fail(visitor, fault);
-        serving
+            record,
+        }
     }
 
     /// Carries on in both directions until the answer is complete; then the connection can be
@@ -505,6 +505,8 @@ impl Serving {
     /// whether something moved.
     fn poll_upload(&mut self, visitor: &mut Visitor, cx: &mut Context<'_>) -> Result<bool, Over> {
         let moved = match self.upload {
+            // Whoever has an answer to read may have nothing more to say.
+            Upload::Complete if self.is_answered() => return Ok(false),
             Upload::Complete => return visitor.poll_ahead(cx),
             Upload::Abandoned => {
                 visitor.hold_back()?;
@@ -531,9 +533,9 @@ impl Serving {
     fn poll_send(&mut self, visitor: &mut Visitor, cx: &mut Context<'_>) -> Result<bool, Over> {
         let mut moved = false;
         loop {
+            // The two go together: `fail` ends both.
             let Some(exchange) = &self.exchange else {
-                self.upload = Upload::Abandoned;
-                return Ok(true);
+                return Ok(moved);
             };
             match exchange.poll_capacity(cx) {
                 Poll::Ready(Ok(_)) => {}
@@ -653,7 +655,7 @@ impl Serving {
         self.upload = Upload::Abandoned;
         if self.reply.is_none() {
             self.fail(visitor, fault);
-        } else {
+        } else if !self.is_answered() {
             self.broken_off = true;
         }
     }
@@ -661,7 +663,9 @@ impl Serving {
     /// Takes what there is of the answer. Says whether something moved.
     fn poll_answer(&mut self, visitor: &mut Visitor, cx: &mut Context<'_>) -> bool {
         let mut moved = false;
-        while let Some(exchange) = &self.exchange {
+        while let Some(exchange) = &self.exchange
+            && visitor.out.len() < WRITE_AHEAD
+        {
             let Some(reply) = &mut self.reply else {
                 let Poll::Ready(head) = exchange.poll_head(cx) else {
                     break;
@@ -670,7 +674,7 @@ impl Serving {
                 self.take_head(visitor, head);
                 continue;
             };
-            if reply.is_complete() || self.broken_off || visitor.out.len() >= WRITE_AHEAD {
+            if reply.is_complete() || self.broken_off {
                 break;
             }
             let Poll::Ready(read) = exchange.poll_read(cx) else {
@@ -747,8 +751,13 @@ impl Serving {
     /// Lets go of the exchange for an answer of the server's own, and says what that may promise.
     fn answer_instead(&mut self, visitor: &Visitor, closes_anyway: bool) -> Asked {
         self.exchange = None;
-        let closes = closes_anyway || self.upload == Upload::Held;
+        visitor.place.reading(false);
+        // More is to come than would be drained.
+        let too_much = self.body.left() > (visitor.input.len() + DRAIN_LIMIT) as u64;
+        let closes = closes_anyway || self.upload == Upload::Held || too_much;
         self.upload = match self.upload {
+            // Nothing of the body is left, but what follows may not be a request: it is left to
+            // the lingering.
             Upload::Complete if closes_anyway => Upload::Abandoned,
             Upload::Complete => Upload::Complete,
             _ if closes => Upload::Abandoned,
@@ -861,7 +870,12 @@ impl Visitor {
                 }
                 id
             };
-            let lines = forward_request(fields.iter(), &self.forwarding, request_id)
+            // RFC 9110, section 10.1.1: in HTTP/1.0 it means nothing.
+            let passed = |(name, _): &(&[u8], _)| {
+                line.version == Version::Http11 || !name.eq_ignore_ascii_case(b"expect")
+            };
+            let fields = fields.iter().filter(passed);
+            let lines = forward_request(fields, &self.forwarding, request_id)
                 .map_err(|_| Fault::HeadTooLarge)?;
             let head = RequestHead {
                 method: method_bytes(line.method),

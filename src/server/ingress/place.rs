@@ -237,7 +237,7 @@ impl Watched {
         Phase::of(self.phase.load(Relaxed))
     }
 
-    /// Whether the task reads what comes.
+    /// Whether what comes is left unread for now.
     pub(super) fn holding_back(&self, unread: bool) {
         self.unread.store(unread, Relaxed);
     }
