@@ -253,6 +253,33 @@ fn every_setting_has_a_variable() {
     assert_eq!(config.http.port, 8080);
 }
 
+/// A template that came out empty must not open the door.
+#[test]
+fn a_secret_that_stands_there_empty_is_a_fault() {
+    for yaml in [
+        "grpc: {auth: {shared_token: }}\n",
+        "grpc: {auth: {shared_token: ~}}\n",
+        "grpc: {auth: {tokens_file: }}\n",
+        "http:\n  admin_api_key:\n",
+    ] {
+        assert!(
+            fault(server(yaml)).contains("nothing stands here"),
+            "{yaml}"
+        );
+    }
+}
+
+/// Kubernetes sets these for a service named silo-proxy.
+#[test]
+fn variables_of_a_service_of_our_name_are_passed_over() {
+    let variables = [
+        ("SILO_PROXY_PORT", "tcp://10.0.0.1:8080"),
+        ("SILO_PROXY_SERVICE_HOST", "10.0.0.1"),
+        ("SILO_PROXY_PORT_8080_TCP_ADDR", "10.0.0.1"),
+    ];
+    assert!(server_from(&variables).is_ok());
+}
+
 #[test]
 fn variables_of_the_other_role_are_passed_over() {
     assert!(server_from(&[("SILO_GRPC_AGENT_ID", "a"), ("SILO_LOCAL_SERVICE_URL", "x")]).is_ok());

@@ -549,3 +549,42 @@ fn without_cors_everything_passes() {
     assert_eq!(answer.header("access-control-allow-origin"), ["*"]);
     assert_eq!(answer.header("vary"), ["Accept"]);
 }
+
+/// What an agent prints is for people, who may have gone.
+#[test]
+fn standard_output_that_nobody_reads_holds_no_agent_up() {
+    let (_unread, mut full) = std::io::pipe().unwrap();
+    let stdout = full.try_clone().unwrap();
+    // A pipe takes 64 KiB on Linux; a writer that waits for room is left behind.
+    let (filled, is_full) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        while full.write_all(&[b'x'; 4096]).is_ok() {
+            let _ = filled.send(());
+        }
+    });
+    for _ in 0..16 {
+        is_full.recv_timeout(common::PATIENCE).unwrap();
+    }
+
+    let server = Server::start();
+    let url = format!("http://{}", text_service("hello"));
+    let mut child = Command::new(BINARY)
+        .arg("agent")
+        .env(variable("grpc.server_address"), server.tunnel.to_string())
+        .env(variable("grpc.agent_id"), "agent-1")
+        .env(variable("local.service_url"), url)
+        .stdin(Stdio::null())
+        .stdout(stdout)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    common::eventually(common::PATIENCE, "the agent is listed", || {
+        server.agents().len() == 1
+    });
+    let (_, port) = server.agents().remove(0);
+    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    assert_eq!(get(address, "/").text(), "hello");
+    let pid = child.id().to_string();
+    Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}

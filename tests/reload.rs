@@ -436,3 +436,32 @@ fn an_agent_that_was_rejected_gets_in_with_the_token_it_is_given() {
     // It doesn't sit out the wait that was asked of whoever had the wrong one.
     process.wait_for(&["connected", "port="]);
 }
+
+/// Whoever holds an id by a credential that doesn't count any more gives way.
+#[test]
+fn a_new_token_takes_an_id_back() {
+    let mut reloadable = Reloadable::start(port_range(2), &[("grpc.auth.shared_token", "stolen")]);
+    let mut file = File::new(&[
+        ("grpc.server_address", &reloadable.server.tunnel.to_string()),
+        ("grpc.agent_id", "agent"),
+        ("grpc.token", "stolen"),
+        (
+            "local.service_url",
+            &format!("http://{}", text_service("owner")),
+        ),
+    ]);
+    let path = file.path();
+    let owner = Process::start("owner", &["agent", "--config", path.to_str().unwrap()], &[]);
+    owner.wait_for(&["connected", "port="]);
+    let settings = [("grpc.token", "stolen")];
+    let thief = (reloadable.server).agent_with("agent", text_service("thief"), &settings);
+    owner.wait_for(&["rejected", "reason=replaced"]);
+    assert_eq!(get(thief.address(), "/").text(), "thief");
+
+    reloadable.reload(&[("grpc.auth.shared_token", "fresh")]);
+    file.edit(&[("grpc.token", "fresh")]);
+    owner.signal("HUP");
+    owner.wait_for_nth(2, &["connected", "port="]);
+    assert_eq!(get(thief.address(), "/").text(), "owner");
+    thief.process.wait_for(&["rejected"]);
+}

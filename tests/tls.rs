@@ -421,6 +421,14 @@ fn certificates_that_are_not_accepted_are_told() {
             &parts,
         ));
     }
+    // An address is no name, though it reads like an id.
+    let own = authority.sign("address", for_agent("10.0.0.1"));
+    agents.push(turned_away(
+        &server,
+        "10.0.0.1",
+        &agent_settings(&ca, Some(&own)),
+        &["rejected", "reason=auth", "not this agent id"],
+    ));
     // One line each in the server's log, and no further attempts.
     let rejections = || server.metric("silo_rejections_total", "reason=\"auth\"");
     assert_eq!(rejections(), agents.len() as f64);

@@ -367,9 +367,11 @@ fn advice(reason: RejectionReason) -> Option<(bool, &'static str)> {
         RejectionReason::PortExhausted => {
             Some((false, "widen http.agent_port_range on the server"))
         }
-        RejectionReason::Unspecified | RejectionReason::Draining | RejectionReason::Unavailable => {
-            None
-        }
+        RejectionReason::Unavailable => Some((
+            false,
+            "on the server's host, free the port or raise the limit of open files",
+        )),
+        RejectionReason::Unspecified | RejectionReason::Draining => None,
     }
 }
 

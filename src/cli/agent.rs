@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use super::notify::Manager;
 use super::{
@@ -74,12 +74,12 @@ pub(super) fn run(args: AgentArgs) -> Outcome {
         None => sources(args.file.config.as_deref()),
         Some(What::Http(http)) => http.sources(),
     };
-    let load = || AgentConfig::load(&sources);
+    let load = move || AgentConfig::load(&sources);
     let config = load()?;
     let telemetry = start_log(&config.log)?;
     raise_descriptor_limit();
     let manager = Arc::new(Manager::from_environment());
-    let told = manager.clone();
+    let teller = teller(manager.clone())?;
     let agent = Agent::new(config).map_err(Failure::usage)?;
     let reloader = agent.reloader();
     let settings = reloader.clone();
@@ -87,13 +87,19 @@ pub(super) fn run(args: AgentArgs) -> Outcome {
         Event::Connected { public_url, .. } => {
             let service = settings.config().local.service_url;
             // The rest is in the log.
-            say(format_args!("{public_url} -> {service}"));
-            told.status(format_args!("{public_url} leads to {service}"));
+            teller(Told {
+                line: Some(format!("{public_url} -> {service}")),
+                status: format!("{public_url} leads to {service}"),
+            });
         }
-        Event::Rejected { reason, detail, .. } => {
-            told.status(format_args!("rejected, {}: {detail}", reason.as_str()));
-        }
-        Event::Disconnected { why, .. } => told.status(format_args!("not connected: {why}")),
+        Event::Rejected { reason, detail, .. } => teller(Told {
+            line: None,
+            status: format!("rejected, {}: {detail}", reason.as_str()),
+        }),
+        Event::Disconnected { why, .. } => teller(Told {
+            line: None,
+            status: format!("not connected: {why}"),
+        }),
     });
     block_on(async {
         let stop = told_to_stop()?;
@@ -107,10 +113,45 @@ pub(super) fn run(args: AgentArgs) -> Outcome {
         loop {
             tokio::select! {
                 () = &mut running => return Ok(()),
-                _ = hangup.recv() => reload(&reloader, &telemetry, load()),
+                _ = hangup.recv() => {
+                    // A file that takes its time holds no signal up.
+                    let config = tokio::select! {
+                        () = &mut running => return Ok(()),
+                        config = tokio::task::spawn_blocking(load.clone()) => config,
+                    };
+                    if let Ok(config) = config {
+                        reload(&reloader, &telemetry, config);
+                    }
+                }
             }
         }
     })?
+}
+
+/// What people and the service manager are told of the agent.
+struct Told {
+    line: Option<String>,
+    status: String,
+}
+
+/// How much may wait to be told. What finds no room is left out: the log has it.
+const UNTOLD: usize = 64;
+
+/// Tells from a thread of its own, so that nobody who doesn't read it holds the agent up.
+fn teller(manager: Arc<Manager>) -> Result<impl Fn(Told) + Send + Sync, Failure> {
+    let (sender, told) = mpsc::sync_channel::<Told>(UNTOLD);
+    std::thread::Builder::new()
+        .name("silo-teller".into())
+        .spawn(move || {
+            for Told { line, status } in told {
+                line.into_iter().for_each(say);
+                manager.status(status);
+            }
+        })
+        .map_err(Failure::failed)?;
+    Ok(move |told| {
+        let _ = sender.try_send(told);
+    })
 }
 
 /// Has the agent go by settings that have been read again, and says what became of that.

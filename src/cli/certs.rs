@@ -107,6 +107,9 @@ enum CertsError {
     /// The authority's certificate can't be read.
     #[error(transparent)]
     Unreadable(#[from] TlsFault),
+    /// The operating system gave no random bytes.
+    #[error("no random bytes: {0}")]
+    Random(getrandom::Error),
     /// A name that can't stand in a certificate.
     #[error("--host {0:?} is neither a DNS name nor an IP address")]
     Host(String),
@@ -301,7 +304,10 @@ impl Authority {
         let files = Files::new(dir, "ca");
         let not_after = SystemTime::now() + DAY * AUTHORITY_DAYS;
         let mut params = CertificateParams::default();
-        params.distinguished_name = common_name("silo-proxy private authority");
+        // No two have the same name, so that one can't be taken for the other.
+        let number = getrandom::u32().map_err(CertsError::Random)?;
+        let name = format!("silo-proxy private authority {number:08x}");
+        params.distinguished_name = common_name(&name);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.not_before = (SystemTime::now() - CLOCKS_APART).into();

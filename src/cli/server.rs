@@ -30,7 +30,7 @@ pub(super) struct ServerArgs {
 }
 
 pub(super) fn run(args: ServerArgs) -> Outcome {
-    let load = || ServerConfig::load(&sources(args.file.config.as_deref()));
+    let load = move || ServerConfig::load(&sources(args.file.config.as_deref()));
     let config = load()?;
     let telemetry = start_log(&config.log)?;
     raise_descriptor_limit();
@@ -59,7 +59,14 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
                     if let Some(tls) = server.tls() {
                         tls.refresh();
                     }
-                    reload(&mut server, &telemetry, load());
+                    // A file that takes its time holds no signal up.
+                    let config = tokio::select! {
+                        () = &mut told => break,
+                        config = tokio::task::spawn_blocking(load.clone()) => config,
+                    };
+                    if let Ok(config) = config {
+                        reload(&mut server, &telemetry, config);
+                    }
                     manager.ready(&status);
                 }
             }

@@ -585,8 +585,19 @@ impl Reader {
         for entry in self.without_duplicates(file, prefix, entries) {
             let path = join(prefix, &entry.key);
             let at = place(file, entry.at);
-            if entry.node.value == Value::Null && !matches!(self.meaning(&path), Meaning::Nothing) {
-                continue;
+            if entry.node.value == Value::Null {
+                match self.meaning(&path) {
+                    Meaning::Nothing => {}
+                    // Not as if nobody had set it: then others would get in.
+                    Meaning::Setting(setting) | Meaning::FileOf(setting)
+                        if setting.kind.from_file() =>
+                    {
+                        let text = "nothing stands here: remove the line if there is none";
+                        self.invalid(setting.path, at, text);
+                        continue;
+                    }
+                    _ => continue,
+                }
             }
             match (self.meaning(&path), entry.node.value) {
                 (Meaning::Nothing, _) => self.unknown(&path, at),
@@ -673,7 +684,8 @@ impl Reader {
                 .into_iter()
                 .find(|path| environment_name(path) == name)
         };
-        if value.is_empty() {
+        // Kubernetes tells every pod of a service named silo-proxy by SILO_PROXY_PORT and the like.
+        if value.is_empty() || name.starts_with("SILO_PROXY_") {
             return;
         }
         if let Some(path) = of(self.role) {

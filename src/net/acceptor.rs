@@ -404,7 +404,7 @@ impl<S: Sink> Core<S> {
                 }
                 // Not tried again before the next connection, lest it spins.
                 TurnEnd::Failed(error) => {
-                    if let Some(Told { repeated, others }) = may_say("accept", Who::Anybody) {
+                    if let Some(Told { repeated, others }) = may_say("accept", "", Who::Anybody) {
                         warn!(listener = ?name, %error, repeated, others, "can't accept connections");
                     }
                 }

@@ -358,6 +358,9 @@ impl Server {
         let api_key = ApiKey::new(config.http.admin_api_key.clone());
         self.api_key.store(Arc::new(api_key));
         self.shared.config.store(Arc::new(config));
+        if changes.touch(&["grpc.auth.shared_token", "grpc.auth.tokens"]) {
+            self.shared.registry.pardon();
+        }
         // Visitors of ports that have been released are to notice.
         self.shared.sweep_all();
         Ok(Reloaded { changes, draining })

@@ -221,6 +221,14 @@ impl Registry {
         Ok(draining)
     }
 
+    /// Lets every process that lost its id ask for it again. For when credentials have changed:
+    /// whoever holds an id by an old one gives way to whoever shows the new one.
+    pub(super) fn pardon(&self) {
+        for member in self.lock().members.values_mut() {
+            member.rivals.pardon();
+        }
+    }
+
     /// Takes a session in: waits until its port is bound, or says why there is none. A session
     /// that the agent already has is replaced, and its port isn't bound anew, unless it is the one
     /// that has replaced this process before.
@@ -315,7 +323,8 @@ impl Registry {
             Err(error) => {
                 self.metrics.bind_failures.inc();
                 if crate::net::bind_failure(&error) == ports::BindFailure::Descriptors
-                    && let Some(Told { repeated, others }) = may_say("descriptors", Who::Anybody)
+                    && let Some(Told { repeated, others }) =
+                        may_say("descriptors", "", Who::Anybody)
                 {
                     warn!(
                         port,
@@ -419,7 +428,7 @@ impl Registry {
                 } => self.reclaimed(state, allocation, port, agent),
                 Effect::Released { allocation, port } => self.released(state, allocation, port),
                 Effect::Foreign { port, failure } => {
-                    if let Some(Told { repeated, others }) = may_say("foreign", port) {
+                    if let Some(Told { repeated, others }) = may_say("foreign", "", port) {
                         let reason = match failure {
                             ports::BindFailure::InUse => "another program holds it",
                             ports::BindFailure::Denied => "not allowed to bind it",

@@ -52,6 +52,11 @@ impl Rivals {
         }
     }
 
+    /// Forgets who has lost the id: what counted against them may not count any more.
+    pub(super) fn pardon(&mut self) {
+        self.losers.clear();
+    }
+
     /// Makes a process the holder; the former holder has lost.
     pub(super) fn admit(&mut self, instance: Option<Instance>) {
         let former = std::mem::replace(&mut self.holder, instance);

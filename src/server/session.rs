@@ -463,7 +463,7 @@ fn log_rejection(worker: &Worker, connection: &Connection, agent_id: &ShownId, t
         ShownId::Valid(id) => id.into(),
         ShownId::Invalid(_) => Who::Address(connection.peer.ip()),
     };
-    let Some(Told { repeated, others }) = may_say(detail, who) else {
+    let Some(Told { repeated, others }) = may_say(reason, detail, who) else {
         return;
     };
     let peer = connection.peer;
@@ -496,8 +496,9 @@ fn log_rejection(worker: &Worker, connection: &Connection, agent_id: &ShownId, t
             "; check that it is a silo-proxy agent of a version near this one"
         }
         RejectionKind::Duplicate | RejectionKind::Replaced => "; give each agent an id of its own",
+        RejectionKind::Unavailable => "; free the port, or raise the limit of open files",
         // Their details say it.
-        RejectionKind::Auth | RejectionKind::Version | RejectionKind::Unavailable => "",
+        RejectionKind::Auth | RejectionKind::Version => "",
     };
     warn!(%agent_id, %peer, %reason, repeated, others, "agent rejected: {detail}{mends}");
 }

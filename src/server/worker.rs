@@ -422,7 +422,7 @@ fn log_failed_handshake(peer: SocketAddr, failure: HandshakeFailure) {
             debug!(%peer, %reason, "handshake failed")
         }
         HandshakeFailure::Limit => {
-            if let Some(Told { repeated, others }) = may_say(reason, Who::Anybody) {
+            if let Some(Told { repeated, others }) = may_say(reason, "", Who::Anybody) {
                 warn!(
                     %peer,
                     %reason,
@@ -433,7 +433,7 @@ fn log_failed_handshake(peer: SocketAddr, failure: HandshakeFailure) {
             }
         }
         _ => {
-            if let Some(Told { repeated, others }) = may_say(reason, peer.ip()) {
+            if let Some(Told { repeated, others }) = may_say(reason, "", peer.ip()) {
                 info!(%peer, %reason, repeated, others, "handshake failed");
             }
         }
@@ -443,7 +443,7 @@ fn log_failed_handshake(peer: SocketAddr, failure: HandshakeFailure) {
 /// Says that there was no TLS with somebody, and why.
 fn log_failed_tls(peer: SocketAddr, why: impl std::fmt::Display) {
     let why = why.to_string();
-    if let Some(Told { repeated, others }) = may_say(&why, peer.ip()) {
+    if let Some(Told { repeated, others }) = may_say("tls", &why, peer.ip()) {
         warn!(%peer, repeated, others, "TLS handshake failed: {why}");
     }
 }

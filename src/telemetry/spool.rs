@@ -294,7 +294,12 @@ fn open(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.create(true).append(true);
     #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o640);
+    {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        // To open a pipe that nobody reads fails instead of waiting for a reader.
+        let nonblocking = rustix::fs::OFlags::NONBLOCK.bits();
+        options.mode(0o640).custom_flags(nonblocking.cast_signed());
+    }
     options.open(path)
 }
 

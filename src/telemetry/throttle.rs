@@ -137,17 +137,22 @@ impl Throttle {
     }
 }
 
-/// Asks for the word to log `what` about `who`, which a stranger has caused. `what` is a kind of
-/// line, or a text that is news when it changes. One [`Throttle`] decides for the process, as
-/// there is one log.
-pub fn may_say(what: &str, who: impl Into<Who>) -> Option<Told> {
+/// Asks for the word to log `text` about `who`, which a stranger has caused; the text is news when
+/// it changes, but for the digits in it, which may be a clock's. Each `kind` of line has a
+/// [`Throttle`] of its own for the whole process, so that a flood of one kind hides no other.
+pub fn may_say(kind: &'static str, text: &str, who: impl Into<Who>) -> Option<Told> {
+    type ByKind = HashMap<&'static str, Throttle>;
     /// Held for a look-up, by whoever has turned a stranger away.
-    static THROTTLE: LazyLock<(Instant, Mutex<Throttle>)> =
+    static THROTTLES: LazyLock<(Instant, Mutex<ByKind>)> =
         LazyLock::new(|| (Instant::now(), Mutex::default()));
-    let (epoch, throttle) = &*THROTTLE;
+    let (epoch, throttles) = &*THROTTLES;
     let now = epoch.elapsed();
-    let mut throttle = throttle.lock().unwrap_or_else(PoisonError::into_inner);
-    throttle.ask(what, who.into(), now)
+    let text: String = text.chars().filter(|c| !c.is_ascii_digit()).collect();
+    let mut throttles = throttles.lock().unwrap_or_else(PoisonError::into_inner);
+    throttles
+        .entry(kind)
+        .or_default()
+        .ask(&text, who.into(), now)
 }
 
 #[cfg(test)]

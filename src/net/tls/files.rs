@@ -138,8 +138,10 @@ pub struct CertificateInfo {
     pub issuer: String,
     /// Whether it may sign others: it says so (RFC 5280, section 4.2.1.9), or has signed itself.
     pub is_authority: bool,
-    /// Its dNSNames and IP addresses (RFC 5280, section 4.2.1.6).
-    pub hosts: Vec<String>,
+    /// Its dNSNames (RFC 5280, section 4.2.1.6).
+    pub dns: Vec<String>,
+    /// Its IP addresses.
+    pub addresses: Vec<String>,
     /// Its URIs.
     pub uris: Vec<String>,
     /// It is valid from here,
@@ -152,7 +154,7 @@ impl CertificateInfo {
     /// Reads a certificate; none if it isn't one. Nothing is verified.
     pub fn read(certificate: &CertificateDer<'_>) -> Option<Self> {
         let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
-        let (mut hosts, mut uris) = (Vec::new(), Vec::new());
+        let (mut dns, mut addresses, mut uris) = (Vec::new(), Vec::new(), Vec::new());
         for extension in parsed.extensions() {
             let ParsedExtension::SubjectAlternativeName(names) = extension.parsed_extension()
             else {
@@ -160,8 +162,8 @@ impl CertificateInfo {
             };
             for name in &names.general_names {
                 match name {
-                    GeneralName::DNSName(name) => hosts.push((*name).to_owned()),
-                    GeneralName::IPAddress(bytes) => hosts.extend(address(bytes)),
+                    GeneralName::DNSName(name) => dns.push((*name).to_owned()),
+                    GeneralName::IPAddress(bytes) => addresses.extend(address(bytes)),
                     GeneralName::URI(uri) => uris.push((*uri).to_owned()),
                     _ => {}
                 }
@@ -172,7 +174,8 @@ impl CertificateInfo {
             is_authority: parsed.is_ca() || parsed.subject() == parsed.issuer(),
             subject: parsed.subject().to_string(),
             issuer: parsed.issuer().to_string(),
-            hosts,
+            dns,
+            addresses,
             uris,
             not_before: time(validity.not_before.timestamp()),
             not_after: time(validity.not_after.timestamp()),
@@ -506,7 +509,8 @@ mod tests {
             subject: String::new(),
             issuer: String::new(),
             is_authority: false,
-            hosts: Vec::new(),
+            dns: Vec::new(),
+            addresses: Vec::new(),
             uris: Vec::new(),
             not_before: start,
             not_after: start + day * 30,

@@ -99,14 +99,17 @@ impl Refused {
                 from: system_time(not_before),
                 now,
             },
-            CertificateError::UnknownIssuer => Self::UnknownIssuer {
-                issuer: info.map_or_else(String::new, |info| shorten(&info.issuer)),
-            },
+            // The latter where another authority bears the same name, such as the one before.
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+                Self::UnknownIssuer {
+                    issuer: info.map_or_else(String::new, |info| shorten(&info.issuer)),
+                }
+            }
             CertificateError::NotValidForNameContext { expected, .. } => Self::WrongName {
                 expected: expected.to_str().into_owned(),
-                presented: match info.map(|info| info.hosts).unwrap_or_default() {
-                    hosts if hosts.is_empty() => "no host".to_owned(),
-                    hosts => shorten(&hosts.join(", ")),
+                presented: match info.map(|info| [info.dns, info.addresses].concat()) {
+                    Some(hosts) if !hosts.is_empty() => shorten(&hosts.join(", ")),
+                    _ => "no host".to_owned(),
                 },
             },
             CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {

@@ -119,8 +119,17 @@ async fn serve(
     let service = {
         let begun = Arc::clone(&begun);
         hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
-            begun.store(true, Relaxed);
-            router.clone().call(request)
+            // Whoever asks only what everybody may ask, or shows no key, is no poller yet.
+            let is_open = request.uri().path() == "/health";
+            let (begun, answer) = (begun.clone(), router.clone().call(request));
+            async move {
+                let answer = answer.await?;
+                let refused = answer.status().is_client_error();
+                if !is_open && !refused {
+                    begun.store(true, Relaxed);
+                }
+                Ok::<_, std::convert::Infallible>(answer)
+            }
         })
     };
     let connection = hyper::server::conn::http1::Builder::new()

@@ -95,7 +95,7 @@ fn log_refusal(reason: metrics::Refusal, tenancy: &Tenancy, address: IpAddr) {
         | metrics::Refusal::QueueFull
         | metrics::Refusal::Descriptors => return,
     };
-    if let Some(Told { repeated, others }) = may_say(kind, who) {
+    if let Some(Told { repeated, others }) = may_say(kind, "", who) {
         warn!(
             reason = %kind,
             %agent_id,
