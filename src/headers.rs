@@ -526,32 +526,23 @@ fn check_line(name: &[u8], value: &[u8]) -> Result<(), InvalidLines> {
 }
 
 /// The bytes of a token (RFC 9110, section 5.6.2).
-static IN_A_TOKEN: [bool; 256] = {
+static IN_A_TOKEN: [bool; 256] = alphanumeric_and(b"!#$%&'*+-.^_`|~");
+
+/// A table of ASCII's letters and digits, and of `others`.
+const fn alphanumeric_and(others: &[u8]) -> [bool; 256] {
     let mut table = [false; 256];
     let mut byte = 0;
     while byte < 256 {
-        table[byte] = (byte as u8).is_ascii_alphanumeric()
-            || matches!(
-                byte as u8,
-                b'!' | b'#'
-                    | b'$'
-                    | b'%'
-                    | b'&'
-                    | b'\''
-                    | b'*'
-                    | b'+'
-                    | b'-'
-                    | b'.'
-                    | b'^'
-                    | b'_'
-                    | b'`'
-                    | b'|'
-                    | b'~'
-            );
+        table[byte] = (byte as u8).is_ascii_alphanumeric();
         byte += 1;
     }
+    let mut at = 0;
+    while at < others.len() {
+        table[others[at] as usize] = true;
+        at += 1;
+    }
     table
-};
+}
 
 /// Why lines can't be passed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -844,31 +835,7 @@ fn is_authority(bytes: &[u8]) -> bool {
 
 /// The bytes of a registered name (RFC 3986, section 3.2.2): unreserved ones and sub-delimiters,
 /// without the comma.
-static IN_A_NAME: [bool; 256] = {
-    let mut table = [false; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        table[byte] = (byte as u8).is_ascii_alphanumeric()
-            || matches!(
-                byte as u8,
-                b'-' | b'.'
-                    | b'_'
-                    | b'~'
-                    | b'!'
-                    | b'$'
-                    | b'&'
-                    | b'\''
-                    | b'('
-                    | b')'
-                    | b'*'
-                    | b'+'
-                    | b';'
-                    | b'='
-            );
-        byte += 1;
-    }
-    table
-};
+static IN_A_NAME: [bool; 256] = alphanumeric_and(b"-._~!$&'()*+;=");
 
 /// Whether `digits` is a port; RFC 3986, section 3.2.3 lets it be empty.
 fn is_port(digits: &[u8]) -> bool {
