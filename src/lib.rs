@@ -46,6 +46,12 @@
 //! other side has granted credit for it. So a visitor who stops reading stops his own service, and
 //! nobody else's.
 //!
+//! A request that offers another protocol (WebSocket) opens its exchange with a body to come, and
+//! what the visitor sends waits on the server. If the service agrees with a 101, both directions
+//! of the exchange carry bytes as they come, and the end of one is a FIN at the other end; no limit
+//! of time holds any more. With any other answer the request has ended with its head, and what has
+//! waited is the next request.
+//!
 //! # The life of a port
 //! ```text
 //!             request            bound             agent lost

@@ -698,7 +698,7 @@ static AGENT: &[Setting] = &[
         "local.max_connections",
         count(1, 65_536),
         "256",
-        "Requests that the service gets at once; others wait in order. Small services do no better with more.",
+        "Requests that the service gets at once; others wait in order. Small services do no better with more. A connection that the service has upgraded (WebSocket) doesn't count any more.",
     ),
     unset(
         "local.tls.ca_file",

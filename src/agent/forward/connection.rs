@@ -14,6 +14,7 @@ use tokio_util::io::poll_read_buf;
 
 use super::service::ServiceStream;
 use crate::http1::Outgoing;
+use crate::net;
 
 /// How much is asked for at once to begin with: more than most answers.
 const SMALL_READ: usize = 8 * 1024;
@@ -91,6 +92,18 @@ impl Connection {
     /// Sends on what was written and waits in a layer of encryption.
     pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    /// Tells the service that nothing follows on what was written. It may go on sending.
+    pub(super) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    /// Has the kernel look whether the service's host is still there while the connection is
+    /// idle.
+    pub(super) fn keep_alive(&self) {
+        // Without it the connection works as well.
+        let _ = net::keep_alive(self.socket());
     }
 
     /// Waits for the service to close the connection, while nothing is asked of it. Whatever it

@@ -3,12 +3,14 @@
 //! Each connection to the service has one task, its *worker*, which drives the connection and the
 //! exchange that it carries, so that nothing is handed from task to task on the way of a request.
 //! A worker whose exchange is done takes the next one that waits, else it lies down on top of a
-//! stack: the one that lay down last is called first, and those below grow old and leave.
+//! stack: the one that lay down last is called first, and those below grow old and leave. A worker
+//! whose connection is upgraded carries bytes until that ends, and doesn't count any more.
 
 mod connection;
 mod exchange;
 mod request;
 mod service;
+mod upgraded;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -181,22 +183,12 @@ impl Forwarder {
             state.waiting.push_back(Waiting { task, since });
             return;
         }
-        let deadline = Arc::new(Deadline::new());
-        let index = state.workers.insert(Entry {
-            call: None,
-            waker: None,
-            deadline: deadline.clone(),
-        });
+        let worker = shared.hire(&mut state);
         let starts_ticking = !std::mem::replace(&mut state.ticking, true);
         drop(state);
         if starts_ticking {
             tokio::spawn(tick(Arc::downgrade(shared), shared.limits.tick));
         }
-        let worker = Worker {
-            shared: shared.clone(),
-            index: Some(index),
-            deadline,
-        };
         tokio::spawn(worker.run(task));
     }
 }
@@ -224,6 +216,21 @@ impl Shared {
                 ticking: false,
                 closed: false,
             }),
+        }
+    }
+
+    /// One more worker.
+    fn hire(self: &Arc<Self>, state: &mut State) -> Worker {
+        let deadline = Arc::new(Deadline::new());
+        let index = state.workers.insert(Entry {
+            call: None,
+            waker: None,
+            deadline: deadline.clone(),
+        });
+        Worker {
+            shared: self.clone(),
+            index: Some(index),
+            deadline,
         }
     }
 
@@ -328,7 +335,7 @@ impl Entry {
 /// The task of one connection to the service.
 struct Worker {
     shared: Arc<Shared>,
-    /// Where its entry is, until it has left.
+    /// Where its entry is, until it has left or stepped aside.
     index: Option<usize>,
     deadline: Arc<Deadline>,
 }
@@ -349,7 +356,7 @@ impl Worker {
         let mut connection = None;
         let mut next = Some(first);
         while let Some(task) = next {
-            connection = exchange::forward(&self, connection, task).await;
+            connection = exchange::forward(&mut self, connection, task).await;
             self.deadline.clear();
             next = match self.next(connection.is_some()) {
                 Next::Task(task) => Some(task),
@@ -370,8 +377,28 @@ impl Worker {
         self.deadline.set(self.shared.now() + limits.response);
     }
 
+    /// Gives its turn to the next exchange that waits: what this worker has to carry is no request
+    /// any more, and may go on for days.
+    fn step_aside(&mut self) {
+        let Some(index) = self.index.take() else {
+            return;
+        };
+        let mut state = self.shared.lock();
+        state.workers.try_remove(index);
+        let waiting = state.waiting.pop_front();
+        let next = waiting.map(|next| (self.shared.hire(&mut state), next.task));
+        drop(state);
+        if let Some((worker, task)) = next {
+            tokio::spawn(worker.run(task));
+        }
+    }
+
     /// What a worker does that has done its task.
     fn next(&mut self, connected: bool) -> Next {
+        if self.index.is_none() {
+            // It has stepped aside.
+            return Next::Leave;
+        }
         let shared = self.shared.clone();
         let mut state = shared.lock();
         if connected

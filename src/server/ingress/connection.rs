@@ -9,7 +9,10 @@
 //!
 //! While an answer is awaited the connection is read on, up to a bound: the visitor's leaving is
 //! seen, and pipelined requests wait here for their turn. Before the answer is complete, the
-//! visitor's FIN counts as leaving.
+//! visitor's FIN counts as leaving. After a 101 it is the end of his direction and no more: see
+//! [`upgraded`].
+
+mod upgraded;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -32,7 +35,7 @@ use crate::config::HttpConfig;
 use crate::cors::{Grant, Preflight, Verdict};
 use crate::head::{RequestHead, ResponseHead};
 use crate::headers::{
-    Forwarding, Framing, Refusal, RequestFacts, Version, check_request, forward_request,
+    Forwarding, Framing, Refusal, RequestFacts, Version, check_request, forward_request, offered,
 };
 use crate::http1::{
     BodyDecoder, Fields, HeadLimits, HeadScan, Malformed, Outgoing, Piece, RequestLine, TooLarge,
@@ -375,6 +378,8 @@ struct Serving {
     received: u64,
     /// None once the server answers itself.
     exchange: Option<Exchange>,
+    /// The protocols that the visitor offers to go on with, until the service has chosen or not.
+    offer: Option<Box<[u8]>>,
     /// None while the answer's head is awaited.
     reply: Option<Reply>,
     /// The answer broke off; what came of it is still to be written.
@@ -398,6 +403,21 @@ enum Upload {
     Abandoned,
     /// It has been taken whole, or there is none.
     Complete,
+    /// The connection is upgraded, and carries bytes.
+    Upgraded(Flow),
+}
+
+/// Which way bytes still go on an upgraded connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    /// Both ways.
+    Both,
+    /// To the service: it has ended its direction, and the visitor has been told.
+    ToService,
+    /// To the visitor: he has ended his direction, and the service is told.
+    ToVisitor,
+    /// To the visitor, and the service takes no more.
+    Refused,
 }
 
 /// A request of which nothing is known, and after which nothing can be.
@@ -445,7 +465,11 @@ impl Serving {
         serving.grant = grant;
         match (opened, preflight) {
             (Ok(_), Some(preflight)) => serving.answer_preflight(visitor, &preflight),
-            (Ok(exchange), None) => serving.exchange = exchange,
+            (Ok(Some(opened)), None) => {
+                serving.exchange = Some(opened.exchange);
+                serving.offer = opened.offer;
+            }
+            (Ok(None), None) => {}
             (Err(fault), _) => serving.fail(visitor, fault),
         }
         serving
@@ -472,6 +496,7 @@ impl Serving {
             body: BodyDecoder::new(framing),
             received: 0,
             exchange: None,
+            offer: None,
             reply: None,
             broken_off: false,
             grant: None,
@@ -485,7 +510,7 @@ impl Serving {
         visitor.place.watched.task.register(cx.waker());
         loop {
             if visitor.place.watched.ordered() == Order::Cut {
-                return Poll::Ready(Err(self.cut()));
+                return Poll::Ready(Err(self.cut(visitor)));
             }
             let mut moved = self.poll_upload(visitor, cx)?;
             moved |= self.poll_answer(visitor, cx);
@@ -523,6 +548,7 @@ impl Serving {
             }
             Upload::Sending => self.poll_send(visitor, cx)?,
             Upload::Draining { left } => self.poll_drain(visitor, left, cx)?,
+            Upload::Upgraded(flow) => return self.poll_upgraded(visitor, flow, cx),
         };
         if !matches!(self.upload, Upload::Sending | Upload::Draining { .. }) {
             visitor.place.reading(false);
@@ -698,11 +724,15 @@ impl Serving {
     fn take_head(&mut self, visitor: &mut Visitor, head: HeadRead) {
         match head {
             HeadRead::Interim(head) => self.pass_interim(visitor, &head),
-            // The agent passed on what no visitor may see.
-            HeadRead::Answer(head) if head.status < 200 => {
-                self.fail(visitor, Fault::UpstreamError);
-            }
+            HeadRead::Answer(head) if head.status < 200 => self.upgrade(visitor, &head),
             HeadRead::Answer(head) => {
+                if self.offer.take().is_some()
+                    && let Some(exchange) = &self.exchange
+                {
+                    // The request ends with its head after all. What has come behind it is the
+                    // next one.
+                    exchange.finish(None);
+                }
                 // Whether a visitor who was never told to go on still sends his body isn't known.
                 let persistent =
                     self.upload != Upload::Held && visitor.place.watched.ordered() == Order::None;
@@ -723,7 +753,7 @@ impl Serving {
     fn pass_interim(&mut self, visitor: &mut Visitor, head: &ResponseHead) {
         match (head.status, self.asked.version) {
             (100, _) if self.upload == Upload::Held => self.upload = Upload::Sending,
-            // Nobody waits for it; and nobody has asked for another protocol.
+            // Nobody waits for it; and a 101 is no interim answer here.
             (100 | 101, _) => return,
             // HTTP/1.0 knows none (RFC 9110, section 15.2).
             (_, Version::Http10) => return,
@@ -811,6 +841,9 @@ impl Serving {
         if !self.is_answered() {
             return None;
         }
+        if let Upload::Upgraded(flow) = self.upload {
+            return self.service_ended(visitor, flow).err().map(Err);
+        }
         let winds_down = visitor.place.watched.ordered() != Order::None;
         let persistent = reply.persistent && !winds_down;
         match self.upload {
@@ -832,12 +865,21 @@ impl Serving {
     }
 
     /// How a connection ends that the sweep cuts.
-    fn cut(&self) -> Over {
+    fn cut(&mut self, visitor: &Visitor) -> Over {
         match &self.reply {
-            Some(reply) if reply.ends_by_close() => Over::BrokenOff { reset: true },
+            Some(reply) if reply.ends_by_close() => {
+                self.failed(visitor, Failure::VisitorLeft);
+                Over::BrokenOff { reset: true }
+            }
             _ => Over::Cut,
         }
     }
+}
+
+/// An exchange, and what the visitor offers in it.
+struct Opened {
+    exchange: Exchange,
+    offer: Option<Box<[u8]>>,
 }
 
 impl Visitor {
@@ -855,14 +897,16 @@ impl Visitor {
         fields: Fields<'_>,
         facts: RequestFacts,
         record: &mut Option<Box<Record>>,
-    ) -> Result<Exchange, Fault> {
+    ) -> Result<Opened, Fault> {
         if let Framing::Length(length) = facts.framing
             && self.limits.is_too_large(length)
         {
             return Err(Fault::BodyTooLarge);
         }
         let has_body = facts.framing != Framing::Length(0);
-        let mut attempt = || -> Result<Exchange, Fault> {
+        let mut attempt = || -> Result<Opened, Fault> {
+            let tunnel = self.place.tenancy.tunnel().ok_or(Fault::AgentOffline)?;
+            let upgrades = facts.upgrades && tunnel.upgrades;
             let request_id = || {
                 let id = self.place.worker.request_id();
                 if let Some(record) = record {
@@ -875,15 +919,17 @@ impl Visitor {
                 line.version == Version::Http11 || !name.eq_ignore_ascii_case(b"expect")
             };
             let fields = fields.iter().filter(passed);
-            let lines = forward_request(fields, &self.forwarding, request_id)
+            let lines = forward_request(fields, &self.forwarding, upgrades, request_id)
                 .map_err(|_| Fault::HeadTooLarge)?;
+            let offer = upgrades.then(|| offered(&lines).map(Box::from)).flatten();
             let head = RequestHead {
                 method: method_bytes(line.method),
                 target: Bytes::copy_from_slice(line.target),
                 lines,
             };
-            let link = self.place.tenancy.link().ok_or(Fault::AgentOffline)?;
-            Ok(link.open(head, has_body)?)
+            // Bytes of another protocol may follow.
+            let exchange = tunnel.link.open(head, has_body || offer.is_some())?;
+            Ok(Opened { exchange, offer })
         };
         match attempt() {
             // A newer session may have taken over just then.
