@@ -7,13 +7,16 @@ pub mod acceptor;
 pub mod dial;
 pub mod tls;
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::io::AsyncWrite;
 
 use crate::ports::BindFailure;
 
@@ -79,6 +82,21 @@ pub fn keep_alive(socket: &tokio::net::TcpStream) -> io::Result<()> {
         .with_interval(ASK_AGAIN)
         .with_retries(ASK_TIMES);
     SockRef::from(socket).set_tcp_keepalive(&keepalive)
+}
+
+/// Writes parts in order, as many bytes as are taken; no parts at all count as none taken.
+///
+/// A single part, as most heads and small answers are, goes out by `send`, which on Linux is
+/// cheaper than `writev` by a tenth.
+pub fn poll_write(
+    stream: Pin<&mut impl AsyncWrite>,
+    cx: &mut Context<'_>,
+    parts: &[IoSlice<'_>],
+) -> Poll<io::Result<usize>> {
+    match parts {
+        [part] => stream.poll_write(cx, part),
+        parts => stream.poll_write_vectored(cx, parts),
+    }
 }
 
 /// What a failed [`listen`] means for the port.
