@@ -505,6 +505,8 @@ pub fn sendable(
                 }
                 _ => return Err(InvalidLines::ContentLength),
             },
+            // In an answer it is a line like any other.
+            Kind::Host if direction == Direction::Response => {}
             Kind::Host if facts.has_host => return Err(InvalidLines::Host),
             Kind::Host => facts.has_host = true,
             Kind::Expect => {
@@ -554,7 +556,7 @@ pub fn goes_on_as_offered(offer: &[u8], answer: &Lines) -> bool {
 pub struct LineFacts {
     /// Content-Length.
     pub length: Option<u64>,
-    /// There is a Host line.
+    /// There is a Host line in a request.
     pub has_host: bool,
     /// The visitor awaits the service's word to send his body.
     pub expects_continue: bool,
@@ -632,7 +634,7 @@ pub enum InvalidLines {
     /// Content-Length is repeated, a list, not digits, or beyond 64 bits.
     #[error("the Content-Length header is invalid")]
     ContentLength,
-    /// There is more than one Host line.
+    /// There is more than one Host line in a request.
     #[error("there is more than one Host header")]
     Host,
     /// Transfer-Encoding is repeated, or something else than `chunked`.
@@ -1736,7 +1738,6 @@ mod tests {
             (&repeated_length[..], InvalidLines::ContentLength),
             (&[("content-length", "5, 5")], InvalidLines::ContentLength),
             (&[("content-length", "")], InvalidLines::ContentLength),
-            (&[("host", "a"), ("HOST", "a")], InvalidLines::Host),
             (&[("", "a")], InvalidLines::Name),
             (&[("a b", "a")], InvalidLines::Name),
             (&[("a:", "a")], InvalidLines::Name),
@@ -1754,6 +1755,15 @@ mod tests {
             }
             assert_eq!(sendable_trailers(&lines).count(), 0, "{hostile:?}");
         }
+    }
+
+    #[test]
+    fn only_a_request_is_ambiguous_by_its_hosts() {
+        let two = [("host", "a"), ("HOST", "b")];
+        let request = sent_on(&lines(&two), Direction::Request);
+        assert_eq!(request, Err(InvalidLines::Host));
+        let (response, _) = sent_on(&lines(&two), Direction::Response).unwrap();
+        assert_eq!(response, pairs(&two));
     }
 
     #[test]

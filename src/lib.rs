@@ -97,6 +97,8 @@ pub mod backoff;
 pub mod cli;
 pub mod config;
 pub mod cors;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod head;
 pub mod headers;
 pub mod http1;

@@ -19,6 +19,8 @@ const ROOMS: &[(&str, u8)] = &[
     ("headers", 0),
     ("cors", 0),
     ("head", 0),
+    // Only tests and fuzzers have it.
+    ("fuzz", 0),
     // Cores: state machines without I/O.
     ("mux", 1),
     ("http1", 1),

@@ -13,6 +13,8 @@
 
 mod agent;
 mod fault;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod reload;
 mod server;
 mod sources;

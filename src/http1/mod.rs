@@ -14,6 +14,8 @@
 //! (section 2.2). What is written never depends on how it was read: framing is made anew.
 
 mod body;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod head;
 mod outgoing;
 mod write;

@@ -58,7 +58,7 @@ impl Chunks {
     }
 
     /// How many slices there are.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn slices(&self) -> usize {
         self.rest.len() + usize::from(!self.first.is_empty())
     }

@@ -28,6 +28,8 @@ mod chunks;
 mod error;
 mod exchange;
 mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod queue;
 mod session;
 mod store;

@@ -38,12 +38,12 @@ impl IndexQueue {
         self.queued.shrink_to(keep);
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn len(&self) -> usize {
         self.order.len()
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn contains(&self, index: usize) -> bool {
         self.queued.get(index).copied().unwrap_or_default()
     }

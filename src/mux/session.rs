@@ -69,7 +69,7 @@ const FIRST_LOAN: usize = 48 * 1024;
 /// to fill a batch while the next piece is being read.
 const OUTBOX_LIMIT: usize = 128 * 1024;
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod audit;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -145,7 +145,7 @@ impl Store {
         self.slab.iter().map(|(index, _)| index).collect()
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn iter(&self) -> impl Iterator<Item = (usize, &Exchange)> {
         self.slab.iter()
     }

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::fuzz::{PLENTY, big_lines, budget, config, get, lines, zeros};
 use super::*;
-use crate::head::{Lines, LinesBuilder, RequestHead, ResponseHead};
+use crate::head::{Lines, RequestHead, ResponseHead};
 
 mod chaos;
 mod ending;
@@ -25,57 +26,11 @@ fn proptest_config() -> proptest::test_runner::Config {
     }
 }
 
-/// Room enough for everything.
-const PLENTY: usize = 1 << 30;
-
-fn config() -> Config {
-    Config {
-        max_exchanges: 1024,
-        heartbeat_interval: Duration::from_secs(10),
-        heartbeat_timeout: Duration::from_secs(30),
-    }
-}
-
-fn budget(limit: usize) -> Budget {
-    Budget::new(Pool::new(limit), limit)
-}
-
-fn lines(text: &str) -> Lines {
-    let mut builder = LinesBuilder::default();
-    builder.push(b"x-test", text.as_bytes()).unwrap();
-    builder.finish()
-}
-
-/// Header lines of `size` bytes.
-fn big_lines(size: usize) -> Lines {
-    let mut builder = LinesBuilder::default();
-    let mut left = size;
-    while left > 4 {
-        let value = (left - 4).min(60_000);
-        builder.push(b"", &vec![b'x'; value]).unwrap();
-        left -= 4 + value;
-    }
-    builder.finish()
-}
-
-fn get(target: &str) -> RequestHead {
-    RequestHead {
-        method: Bytes::from_static(b"GET"),
-        target: Bytes::copy_from_slice(target.as_bytes()),
-        lines: lines(target),
-    }
-}
-
 fn status(status: u16) -> ResponseHead {
     ResponseHead {
         status,
         lines: lines("answer"),
     }
-}
-
-fn zeros(size: usize) -> Bytes {
-    const ZEROS: &[u8] = &[0; 16 << 20];
-    Bytes::from_static(&ZEROS[..size])
 }
 
 /// Two sessions and nothing between them: what one transmits the other receives at once.

@@ -97,17 +97,17 @@ impl ReceiveWindow {
         self.size - self.available - self.unread
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn available(&self) -> usize {
         self.available as usize
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn unread(&self) -> u32 {
         self.unread
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     #[track_caller]
     pub(super) fn assert_consistent(&self) {
         let parts = u64::from(self.available) + u64::from(self.unread);

@@ -5,6 +5,8 @@
 
 mod allocator;
 
+#[cfg(any(test, fuzzing))]
+pub use allocator::fuzz::allocator as fuzz;
 pub use allocator::{
     Allocation, Allocator, Answer, BindFailure, Claim, Config, Counts, Effect, PinError, PortState,
     PortView, Refusal, Remembered,

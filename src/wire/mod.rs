@@ -18,6 +18,9 @@ use crate::mux::{self, Reason};
 #[path = "silo.tunnel.v1.rs"]
 mod generated;
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 pub use generated::{
     AgentMessage, Hello, Rejection, ServerMessage, Welcome, rejection::Reason as RejectionReason,
     tunnel_client, tunnel_server,

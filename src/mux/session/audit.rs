@@ -13,6 +13,7 @@ pub(in crate::mux) struct Credit {
 
 impl Session {
     /// Exchanges that count against the agreement.
+    #[cfg(test)]
     pub(in crate::mux) fn live(&self) -> u32 {
         self.live
     }
