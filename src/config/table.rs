@@ -420,13 +420,13 @@ static SERVER: &[Setting] = &[
         "http.body_timeout",
         time(),
         "60s",
-        "Longest silence in the middle of a request's body. The body as a whole may take any time.",
+        "Longest silence in the middle of a request's body. The body as a whole may take any time. On a stream of HTTP/2 it counts until the answer has begun: after that, a client of gRPC may be silent for hours.",
     ),
     setting(
         "http.idle_timeout",
         time(),
         "75s",
-        "How long a connection is kept between two requests. Longer than the 60 s after which common load balancers close, so that they close first.",
+        "How long a connection is kept between two requests, in HTTP/2 without any. Longer than the 60 s after which common load balancers close, so that they close first.",
     ),
     setting(
         "http.send_timeout",

@@ -28,6 +28,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tracing::{debug, warn};
 
+use super::http2::{self, Caller};
 use super::place::{Order, Place};
 use super::record::Record;
 use super::reply::{Asked, Reply};
@@ -56,7 +57,7 @@ use crate::telemetry::{Told, Who, may_say};
 const DRAIN_LIMIT: usize = 64 * 1024;
 
 /// How long a visitor may go on sending what nobody wants, so that he finds the answer.
-const LINGER: Duration = Duration::from_secs(2);
+pub(super) const LINGER: Duration = Duration::from_secs(2);
 
 /// How much is asked for at once to begin with: more than most heads.
 const SMALL_READ: usize = 4 * 1024;
@@ -127,6 +128,8 @@ struct Visitor {
     read_size: usize,
     /// What waits for the visitor to take it.
     out: Outgoing,
+    /// No request has come yet, so what comes may be HTTP/2.
+    is_fresh: bool,
 }
 
 /// How large a request may be.
@@ -164,6 +167,8 @@ enum Over {
     Left,
     /// The worker's sweep wants it so.
     Cut,
+    /// For HTTP/1: the visitor speaks HTTP/2.
+    Http2,
     /// The answer broke off. What came of it has been written.
     BrokenOff {
         /// Only a reset tells the visitor.
@@ -195,6 +200,7 @@ impl Visitor {
             input: BytesMut::new(),
             read_size: SMALL_READ,
             out: Outgoing::default(),
+            is_fresh: true,
         }
     }
 
@@ -204,6 +210,16 @@ impl Visitor {
                 break over;
             }
         };
+        if let Over::Http2 = over {
+            let caller = Caller {
+                peer: self.peer,
+                place: self.place,
+                forwarding: self.forwarding,
+                is_trusted: self.is_trusted,
+            };
+            // In a box, as few connections need the room.
+            return Box::pin(http2::serve(self.stream, self.input, caller)).await;
+        }
         let port = self.place.tenancy.port;
         debug!(peer = %self.peer, port, ?over, "visitor's connection ended");
         match over {
@@ -212,7 +228,11 @@ impl Visitor {
                 // If that fails the connection is broken already, which tells as much.
                 let _ = self.stream.set_zero_linger();
             }
-            Over::Closed | Over::Left | Over::Cut | Over::BrokenOff { reset: false } => {}
+            Over::Closed
+            | Over::Left
+            | Over::Cut
+            | Over::BrokenOff { reset: false }
+            | Over::Http2 => {}
         }
     }
 
@@ -220,6 +240,7 @@ impl Visitor {
     async fn next_request(&mut self) -> Result<(), Over> {
         let mut scan = None;
         let head = poll_fn(|cx| self.poll_head(&mut scan, cx)).await?;
+        self.is_fresh = false;
         self.place.exchange_begins();
         let mut serving = match head {
             Ok(end) => {
@@ -258,6 +279,11 @@ impl Visitor {
                 // An idle connection holds no buffers.
                 self.input = BytesMut::new();
                 self.out.shrink();
+            } else if self.is_fresh && http2::may_begin(&self.input) {
+                if http2::begins(&self.input) {
+                    return Poll::Ready(Err(Over::Http2));
+                }
+                self.place.head_begins();
             } else {
                 let scan = scan.get_or_insert_with(|| {
                     self.limits = Limits::of(&self.place.worker.shared().config().http);
@@ -441,7 +467,12 @@ impl Serving {
             asked.version = line.version;
             asked.to_head = line.method == b"HEAD";
             if let Some(record) = &mut record {
-                record.asked(line, fields, visitor.is_trusted);
+                let protocol = match line.version {
+                    Version::Http10 => "HTTP/1.0",
+                    Version::Http11 => "HTTP/1.1",
+                };
+                let (method, target) = (line.method, line.target);
+                record.asked(protocol, method, target, fields.iter(), visitor.is_trusted);
             }
             if let Some(verdict) = visitor.judge(line, fields) {
                 grant = Some(verdict.grant);
@@ -878,8 +909,8 @@ impl Serving {
 }
 
 /// An exchange, and what the visitor offers in it.
-struct Opened {
-    exchange: Exchange,
+pub(super) struct Opened {
+    pub(super) exchange: Exchange,
     offer: Option<Box<[u8]>>,
 }
 
@@ -904,39 +935,65 @@ impl Visitor {
         {
             return Err(Fault::BodyTooLarge);
         }
-        let has_body = facts.framing != Framing::Length(0);
-        let mut attempt = || -> Result<Opened, Fault> {
-            let tunnel = self.place.tenancy.tunnel().ok_or(Fault::AgentOffline)?;
-            let upgrades = facts.upgrades && tunnel.upgrades;
-            let request_id = || {
-                let id = self.place.worker.request_id();
-                if let Some(record) = record {
-                    record.made_id = Some(id.as_str().into());
-                }
-                id
-            };
-            // RFC 9110, section 10.1.1: in HTTP/1.0 it means nothing.
-            let passed = |(name, _): &(&[u8], _)| {
-                line.version == Version::Http11 || !name.eq_ignore_ascii_case(b"expect")
-            };
-            let fields = fields.iter().filter(passed);
-            let lines = forward_request(fields, &self.forwarding, upgrades, request_id)
-                .map_err(|_| Fault::HeadTooLarge)?;
-            let offer = upgrades.then(|| offered(&lines).map(Box::from)).flatten();
-            let head = RequestHead {
-                method: method_bytes(line.method),
-                target: Bytes::copy_from_slice(line.target),
-                lines,
-            };
-            // Bytes of another protocol may follow.
-            let exchange = tunnel.link.open(head, has_body || offer.is_some())?;
-            Ok(Opened { exchange, offer })
+        // RFC 9110, section 10.1.1: in HTTP/1.0 it means nothing.
+        let passed = |(name, _): &(&[u8], _)| {
+            line.version == Version::Http11 || !name.eq_ignore_ascii_case(b"expect")
         };
-        match attempt() {
-            // A newer session may have taken over just then.
-            Err(Fault::AgentOffline | Fault::TunnelLost) => attempt(),
-            outcome => outcome,
-        }
+        let request = Request {
+            method: line.method,
+            target: line.target,
+            has_body: facts.framing != Framing::Length(0),
+            upgrades: facts.upgrades,
+        };
+        let fields = fields.iter().filter(passed);
+        open_exchange(&self.place, &self.forwarding, request, fields, record)
+    }
+}
+
+/// A request that has been found good, without its header lines.
+pub(super) struct Request<'a> {
+    pub(super) method: &'a [u8],
+    pub(super) target: &'a [u8],
+    pub(super) has_body: bool,
+    /// It offers other protocols, which are passed on if the agent knows what to do with them.
+    pub(super) upgrades: bool,
+}
+
+/// Opens an exchange for a request in the tunnel that its tenancy has now.
+pub(super) fn open_exchange<'a>(
+    place: &Place,
+    forwarding: &Forwarding,
+    request: Request<'_>,
+    fields: impl Iterator<Item = (&'a [u8], &'a [u8])> + Clone,
+    record: &mut Option<Box<Record>>,
+) -> Result<Opened, Fault> {
+    let mut attempt = || -> Result<Opened, Fault> {
+        let tunnel = place.tenancy.tunnel().ok_or(Fault::AgentOffline)?;
+        let upgrades = request.upgrades && tunnel.upgrades;
+        let request_id = || {
+            let id = place.worker.request_id();
+            if let Some(record) = record {
+                record.made_id = Some(id.as_str().into());
+            }
+            id
+        };
+        let lines = forward_request(fields.clone(), forwarding, upgrades, request_id)
+            .map_err(|_| Fault::HeadTooLarge)?;
+        let offer = upgrades.then(|| offered(&lines).map(Box::from)).flatten();
+        let head = RequestHead {
+            method: method_bytes(request.method),
+            target: Bytes::copy_from_slice(request.target),
+            lines,
+        };
+        // Bytes of another protocol may follow.
+        let has_body = request.has_body || offer.is_some();
+        let exchange = tunnel.link.open(head, has_body)?;
+        Ok(Opened { exchange, offer })
+    };
+    match attempt() {
+        // A newer session may have taken over just then.
+        Err(Fault::AgentOffline | Fault::TunnelLost) => attempt(),
+        outcome => outcome,
     }
 }
 
