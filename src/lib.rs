@@ -87,6 +87,14 @@
 //! connections have none: each notes what it waits for, and a worker's sweep looks at all of them
 //! twice a second.
 //!
+//! # What a panic takes with it
+//! It is a bug, is counted and told ([`telemetry::watch_panics`]), and ends the task it happens in:
+//! a visitor's connection, an agent's exchange, a session (its tunnel ends, its port is given back,
+//! the agent comes back), an admin connection. Whatever counts or holds something gives it back
+//! where it is dropped, and no lock minds being poisoned. The accept task, a worker thread and the
+//! admin thread can't be replaced: with one of them the process ends, as a failure, after a drain
+//! ([`server::Server::failed`]). So does an agent's process with its one session.
+//!
 //! # Settings that change
 //! What a server is told is one value that a reload replaces as a whole; a request, a connection or
 //! a session takes it once where it begins, so none goes by half of the old and half of the new.

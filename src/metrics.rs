@@ -36,8 +36,6 @@ pub struct Metrics {
     pub bind_failures: Counter,
     /// Ports of the range by state. Set by the registry, the only writer.
     pub ports: PortGauges,
-    /// Panics that were caught at the edge of a task, so that the process went on.
-    pub panics: Counter,
     /// Lines of the access log that were never written. Counted by its thread and by whoever
     /// finds its queue full.
     pub access_log_dropped: Arc<Counter>,
@@ -92,7 +90,6 @@ impl Metrics {
             rejections: Tally::default(),
             bind_failures: Counter::default(),
             ports: PortGauges::default(),
-            panics: Counter::default(),
             access_log_dropped: Arc::default(),
         })
     }
@@ -127,6 +124,10 @@ impl Metrics {
         text
     }
 }
+
+/// Panics of this process so far, on whatever thread. Counted by the hook that
+/// [`telemetry::init`](crate::telemetry::init) sets; without it they aren't.
+pub static PANICS: Counter = Counter(AtomicU64::new(0));
 
 /// The media type of [`Metrics::render`]'s text.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -590,11 +591,7 @@ impl Collector for Scrape {
             metrics.bind_failures.get(),
         )?;
         out.ports(&metrics.ports)?;
-        out.counter(
-            "panics",
-            "Panics caught at the edge of a task",
-            metrics.panics.get(),
-        )?;
+        out.counter("panics", "Panics of the process, each a bug", PANICS.get())?;
         out.counter(
             "access_log_dropped",
             "Lines of the access log that were never written",

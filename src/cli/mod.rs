@@ -13,6 +13,7 @@ mod swarm;
 use std::fmt::Display;
 use std::future::Future;
 use std::io::Write as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -54,16 +55,10 @@ enum Command {
 
 /// Runs the command that the process was started with.
 pub fn run() -> ExitCode {
-    let outcome = match Cli::parse().command {
-        Command::Server(args) => server::run(args),
-        Command::Agent(args) => agent::run(args),
-        Command::Demo(args) => demo::run(args),
-        Command::Agents(args) => block_on(agents::run(&args, variable))
-            .and_then(|outcome| outcome.map_err(Failure::failed)),
-        Command::Certs(args) => certs::run(args),
-        Command::Check(args) => check::run(&args),
-        Command::Swarm(args) => swarm::run(args),
-    };
+    let command = Cli::parse().command;
+    // An agent's one session runs on this thread, and what supervises the process starts another.
+    let outcome = catch_unwind(AssertUnwindSafe(|| execute(command)));
+    let outcome = outcome.unwrap_or_else(|_| Err(Failure::failed("ended by a panic")));
     let code = match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -80,6 +75,19 @@ pub fn run() -> ExitCode {
     // Before the process is gone.
     telemetry::flush();
     code
+}
+
+fn execute(command: Command) -> Outcome {
+    match command {
+        Command::Server(args) => server::run(args),
+        Command::Agent(args) => agent::run(args),
+        Command::Demo(args) => demo::run(args),
+        Command::Agents(args) => block_on(agents::run(&args, variable))
+            .and_then(|outcome| outcome.map_err(Failure::failed)),
+        Command::Certs(args) => certs::run(args),
+        Command::Check(args) => check::run(&args),
+        Command::Swarm(args) => swarm::run(args),
+    }
 }
 
 /// Why a command ended without success: what to say, and the exit code.

@@ -49,9 +49,11 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
             server.admin_address()
         );
         manager.ready(&status);
-        loop {
+        let mut failed = pin!(server.failed());
+        let outcome = loop {
             tokio::select! {
-                () = &mut told => break,
+                () = &mut told => break Ok(()),
+                () = &mut failed => break Err(Failure::failed("the server has failed")),
                 _ = hangup.recv() => {
                     manager.reloading();
                     server.reopen_logs();
@@ -61,7 +63,7 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
                     }
                     // A file that takes its time holds no signal up.
                     let config = tokio::select! {
-                        () = &mut told => break,
+                        () = &mut told => break Ok(()),
                         config = tokio::task::spawn_blocking(load.clone()) => config,
                     };
                     if let Ok(config) = config {
@@ -70,10 +72,10 @@ pub(super) fn run(args: ServerArgs) -> Outcome {
                     manager.ready(&status);
                 }
             }
-        }
+        };
         manager.stopping();
         server.shutdown().await;
-        Ok(())
+        outcome
     })?
 }
 

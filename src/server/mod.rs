@@ -135,6 +135,7 @@ pub struct Server {
     workers: Vec<Arc<Worker>>,
     stop_workers: CancellationToken,
     stop_admin: CancellationToken,
+    vitals: Vitals,
     /// Dropped to end the thread that looks at the certificates' files.
     _stop_looking: Option<mpsc_std::SyncSender<Infallible>>,
     threads: Vec<JoinHandle<()>>,
@@ -224,8 +225,11 @@ impl Server {
 
         let stop_workers = CancellationToken::new();
         let stop_admin = CancellationToken::new();
+        let vitals = Vitals::default();
         let house_registry = registry.clone();
+        let vital = vitals.begin("the accept task");
         let accept = async move {
+            let _vital = vital;
             let house = std::pin::pin!(house_registry.keep_house());
             let accepting = std::pin::pin!(acceptor.run());
             let ended = futures_util::future::select(accepting, house).await;
@@ -241,7 +245,9 @@ impl Server {
             let accept = (worker_count == 1).then(|| accept.take()).flatten();
             let (worker, stop) = (worker.clone(), stop_workers.clone());
             let name = format!("silo-worker-{}", worker.index());
+            let vital = vitals.begin("a worker thread");
             threads.push(spawn(name, async move {
+                let _vital = vital;
                 if let Some(accept) = accept {
                     tokio::spawn(accept);
                 }
@@ -277,7 +283,12 @@ impl Server {
             readiness: readiness.clone(),
             api_key: api_key.clone(),
         };
-        let admin = Admin::start(admin_listener, state, stop_admin.clone().cancelled_owned())?;
+        let vital = vitals.begin("the admin thread");
+        let stop = stop_admin.clone();
+        let admin = Admin::start(admin_listener, state, async move {
+            let _vital = vital;
+            stop.cancelled().await;
+        })?;
         serving.release();
         info!(
             admin = %admin_address,
@@ -302,6 +313,7 @@ impl Server {
             workers,
             stop_workers,
             stop_admin,
+            vitals,
             _stop_looking: stop_looking,
             threads,
             saver,
@@ -374,11 +386,19 @@ impl Server {
         }
     }
 
+    /// Is over when the server can't do its work any more: a panic has ended the accept task, a
+    /// worker thread or the admin thread, or the accept task can't ask the kernel. What is left of
+    /// the server goes on meanwhile, but it won't mend: end it, and start another.
+    pub fn failed(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.vitals.failed.clone().cancelled_owned()
+    }
+
     /// Drains and ends the server: it isn't ready any more, its ports close, kept-alive
     /// connections are told to, running exchanges have `server.grace` to finish, the rest is cut.
     /// Returns as soon as nothing is running.
     pub async fn shutdown(self) {
         info!("draining");
+        self.vitals.ending.cancel();
         self.readiness.drain();
         let sessions = self.shared.registry.drain();
         self.acceptor.wake();
@@ -443,6 +463,41 @@ impl Server {
             error!("could not wait for the threads' end");
         }
         info!("stopped");
+    }
+}
+
+/// Whether all is running that a server can't do without.
+#[derive(Default)]
+struct Vitals {
+    /// What ends from now on is meant to.
+    ending: CancellationToken,
+    /// Something has ended that isn't meant to.
+    failed: CancellationToken,
+}
+
+impl Vitals {
+    fn begin(&self, name: &'static str) -> Vital {
+        Vital {
+            name,
+            ending: self.ending.clone(),
+            failed: self.failed.clone(),
+        }
+    }
+}
+
+/// Lives as long as one of the things that a server can't do without, however that ends.
+struct Vital {
+    name: &'static str,
+    ending: CancellationToken,
+    failed: CancellationToken,
+}
+
+impl Drop for Vital {
+    fn drop(&mut self) {
+        if !self.ending.is_cancelled() {
+            error!("{} has ended: this server can't go on", self.name);
+            self.failed.cancel();
+        }
     }
 }
 

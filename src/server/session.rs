@@ -221,12 +221,13 @@ async fn run(
         public_url,
         stats,
     } = joined;
-    info!(%agent_id, port, generation = generation.0, peer = %connection.peer, "agent registered");
     let _membership = Membership {
         worker: &worker,
+        session: &session,
         agent_id: &agent_id,
         generation,
     };
+    info!(%agent_id, port, generation = generation.0, peer = %connection.peer, "agent registered");
     let since = tokio::time::Instant::now();
     let welcome = Welcome {
         version: VERSION,
@@ -257,7 +258,6 @@ async fn run(
         }
         Err(_) => Ended::Closed,
     };
-    session.link.close();
     info!(
         %agent_id,
         port,
@@ -272,15 +272,19 @@ async fn run(
     );
 }
 
-/// Gives the port back when the session ends, in whatever way; fenced by the generation.
+/// Closes the tunnel and gives the port back when the session ends, in whatever way; fenced by the
+/// generation. A panic in the session's task is such a way: it ends this tunnel, and the agent comes
+/// back with a new one.
 struct Membership<'a> {
     worker: &'a Worker,
+    session: &'a Session,
     agent_id: &'a AgentId,
     generation: crate::id::Generation,
 }
 
 impl Drop for Membership<'_> {
     fn drop(&mut self) {
+        self.session.link.close();
         let shared = self.worker.shared();
         if shared.registry.leave(self.agent_id, self.generation) {
             // The port is released: its visitors' connections are to notice.

@@ -344,14 +344,13 @@ impl Worker {
         if let Some(failure) = failed {
             return self.failed(peer, failure);
         }
-        self.metrics().tunnels_open.inc();
+        let _open = OpenTunnel::new(&self);
         tokio::select! {
             _ = &mut http => {}
             () = connection.over.cancelled() => {
                 let _ = tokio::time::timeout(GOODBYE, http).await;
             }
         }
-        self.metrics().tunnels_open.dec();
     }
 
     /// Brings a connection to where HTTP/2 begins: through the TLS handshake if the port has TLS.
@@ -454,6 +453,22 @@ struct Counted(Arc<Worker>);
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.shared.tunnels[self.0.index].fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A tunnel that counts as open until this is dropped.
+struct OpenTunnel<'a>(&'a Worker);
+
+impl<'a> OpenTunnel<'a> {
+    fn new(worker: &'a Worker) -> Self {
+        worker.metrics().tunnels_open.inc();
+        Self(worker)
+    }
+}
+
+impl Drop for OpenTunnel<'_> {
+    fn drop(&mut self) {
+        self.0.metrics().tunnels_open.dec();
     }
 }
 

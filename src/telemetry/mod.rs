@@ -11,8 +11,9 @@ use std::fmt;
 use std::io::{self, IsTerminal};
 use std::panic::PanicHookInfo;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tracing::{Level, enabled, error, warn};
@@ -21,6 +22,8 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
+
+use crate::metrics::PANICS;
 
 pub use spool::{LogFile, Output, Report, Spool, Stderr, Stdout};
 pub use throttle::{Throttle, Told, Who, may_say};
@@ -222,17 +225,59 @@ pub fn init(filter: &Filter, format: Format) -> Result<Telemetry, InitError> {
         .with(level)
         .with(lines)
         .try_init()?;
+    watch_panics();
+    Ok(Telemetry { filter })
+}
+
+/// Counts each panic of the process in [`PANICS`] from now on, and says where it happened: the
+/// first ten of a minute, and with the next one how many were left out. [`init`] does it too.
+///
+/// A panic ends the task it happens in. What else ends with it is up to whoever has started the
+/// task.
+pub fn watch_panics() {
+    let begun = Instant::now();
+    let told = Rationed::default();
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
+        PANICS.inc();
+        let Some(left_out) = told.admit(begun.elapsed().as_secs() / 60) else {
+            return;
+        };
         if enabled!(Level::ERROR) {
-            log_panic(panic);
+            log_panic(panic, left_out);
         } else {
             before(panic);
         }
         // Where panics abort, this was the last word.
         flush();
     }));
-    Ok(Telemetry { filter })
+}
+
+/// Ten lines a minute: whoever finds out how to make a task panic shall not fill a disk by it, nor
+/// hold a thread up that waits for its lines to be written. No lock, since a panic may happen under
+/// any.
+#[derive(Default)]
+struct Rationed {
+    minute: AtomicU64,
+    /// Lines asked for in this minute.
+    asked: AtomicU64,
+    left_out: AtomicU64,
+}
+
+impl Rationed {
+    const LINES: u64 = 10;
+
+    /// Whether a line may be written, and how many were left out before it.
+    fn admit(&self, minute: u64) -> Option<u64> {
+        if self.minute.swap(minute, Relaxed) != minute {
+            self.asked.store(0, Relaxed);
+        }
+        if self.asked.fetch_add(1, Relaxed) < Self::LINES {
+            return Some(self.left_out.swap(0, Relaxed));
+        }
+        self.left_out.fetch_add(1, Relaxed);
+        None
+    }
 }
 
 /// Waits until everything logged so far has been written, a second at most.
@@ -242,7 +287,7 @@ pub fn flush() {
     }
 }
 
-fn log_panic(panic: &PanicHookInfo<'_>) {
+fn log_panic(panic: &PanicHookInfo<'_>, left_out: u64) {
     let thread = std::thread::current();
     let thread = thread.name().unwrap_or("?");
     let payload = panic.payload();
@@ -256,9 +301,9 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
     // Captured if RUST_BACKTRACE says so.
     let backtrace = Backtrace::capture();
     if backtrace.status() == BacktraceStatus::Captured {
-        error!(thread, place, %backtrace, "panicked: {message}");
+        error!(thread, place, left_out, %backtrace, "panicked: {message}");
     } else {
-        error!(thread, place, "panicked: {message}");
+        error!(thread, place, left_out, "panicked: {message}");
     }
 }
 
@@ -331,6 +376,20 @@ mod tests {
         let named = filter("info,h2=trace,hyper::proto=debug").quieted();
         assert!(!named.contains("h2=warn") && !named.contains("hyper=warn"));
         assert!(named.contains("hyper_util=warn") && named.contains("tonic=warn"));
+    }
+
+    #[test]
+    fn panics_are_told_ten_times_a_minute() {
+        let told = Rationed::default();
+        let lines = |minute, count: u64| (0..count).filter_map(|_| told.admit(minute)).collect();
+        let first: Vec<u64> = lines(0, 25);
+        assert_eq!(first, [0; 10]);
+        let next: Vec<u64> = lines(1, 3);
+        assert_eq!(next, [15, 0, 0]);
+        let later: Vec<u64> = lines(7, 11);
+        assert_eq!(later.len(), 10);
+        let last: Vec<u64> = lines(8, 1);
+        assert_eq!(last, [1]);
     }
 
     #[test]

@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 /// How long anything may take that should take milliseconds.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+const SECOND: Duration = Duration::from_secs(1);
+
 /// The binary under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_silo-proxy");
 
@@ -155,6 +157,15 @@ impl Process {
         (code, log.lines.join("\n"))
     }
 
+    /// Everything that the process wrote before it was killed. A child of its own may hold its
+    /// output: that isn't waited for.
+    fn last_words(&self) -> String {
+        let log = self.log.lines.lock().unwrap();
+        let ended = |log: &mut Lines| log.ended < 2;
+        let waited = self.log.grown.wait_timeout_while(log, SECOND, ended);
+        waited.unwrap().0.lines.join("\n")
+    }
+
     /// Kills the process as `kill -9` does.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
@@ -196,6 +207,10 @@ impl Drop for Process {
         self.kill();
         if std::thread::panicking() {
             eprintln!("--- log of {}:\n{}\n---", self.name, self.log());
+        } else {
+            // Whatever a test is about: this program doesn't panic.
+            let log = self.last_words();
+            assert!(!log.contains("panicked"), "{}:\n{log}", self.name);
         }
     }
 }

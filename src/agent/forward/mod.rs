@@ -183,13 +183,7 @@ impl Forwarder {
             state.waiting.push_back(Waiting { task, since });
             return;
         }
-        let worker = shared.hire(&mut state);
-        let starts_ticking = !std::mem::replace(&mut state.ticking, true);
-        drop(state);
-        if starts_ticking {
-            tokio::spawn(tick(Arc::downgrade(shared), shared.limits.tick));
-        }
-        tokio::spawn(worker.run(task));
+        shared.employ(state, task);
     }
 }
 
@@ -219,19 +213,25 @@ impl Shared {
         }
     }
 
-    /// One more worker.
-    fn hire(self: &Arc<Self>, state: &mut State) -> Worker {
+    /// Starts a worker. Needs a tokio runtime.
+    fn employ(self: &Arc<Self>, mut state: MutexGuard<'_, State>, task: Task) {
         let deadline = Arc::new(Deadline::new());
         let index = state.workers.insert(Entry {
             call: None,
             waker: None,
             deadline: deadline.clone(),
         });
-        Worker {
+        let starts_ticking = !std::mem::replace(&mut state.ticking, true);
+        drop(state);
+        if starts_ticking {
+            tokio::spawn(tick(Arc::downgrade(self), self.limits.tick));
+        }
+        let worker = Worker {
             shared: self.clone(),
             index: Some(index),
             deadline,
-        }
+        };
+        tokio::spawn(worker.run(task));
     }
 
     /// Has the workers end that have nothing to do; the others end when they have nothing more.
@@ -385,11 +385,8 @@ impl Worker {
         };
         let mut state = self.shared.lock();
         state.workers.try_remove(index);
-        let waiting = state.waiting.pop_front();
-        let next = waiting.map(|next| (self.shared.hire(&mut state), next.task));
-        drop(state);
-        if let Some((worker, task)) = next {
-            tokio::spawn(worker.run(task));
+        if let Some(next) = state.waiting.pop_front() {
+            self.shared.employ(state, next.task);
         }
     }
 
@@ -456,13 +453,21 @@ impl Worker {
 }
 
 impl Drop for Worker {
-    /// For the worker whose task is cut off with its runtime.
+    /// For the worker whose task is cut off with its runtime, or by a panic: then another one takes
+    /// its place for those who wait.
     fn drop(&mut self) {
         if let Some(index) = self.index {
             let mut state = self.shared.lock();
             let entry = state.workers.try_remove(index);
             state.idle.retain(|(idle, _)| *idle != index);
-            drop(state);
+            let next = match std::thread::panicking() {
+                true => state.waiting.pop_front(),
+                false => None,
+            };
+            match next {
+                Some(next) => self.shared.employ(state, next.task),
+                None => drop(state),
+            }
             // It may hold an exchange, which locks its link when it is let go.
             drop(entry);
         }

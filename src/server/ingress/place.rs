@@ -24,6 +24,8 @@ pub(super) struct Place {
     key: usize,
     /// The address it is counted under, if those were limited when it came.
     address: Option<IpAddr>,
+    /// A request is being served, and counts.
+    serves: bool,
 }
 
 impl Place {
@@ -48,6 +50,7 @@ impl Place {
             key: worker.watch(watched.clone()),
             watched,
             address,
+            serves: false,
         };
         let of_agent = usize::try_from(tenancy.stats.connections_open.get()).unwrap_or(0);
         if all >= limits.max_connections {
@@ -72,13 +75,15 @@ impl Place {
     }
 
     /// A request is being served, until [`Place::exchange_ends`].
-    pub(super) fn exchange_begins(&self) {
+    pub(super) fn exchange_begins(&mut self) {
+        self.serves = true;
         count_begin(&self.worker, &self.tenancy);
         self.watched.enter(Phase::Exchange, self.worker.now());
     }
 
     /// The request has been served, or not.
-    pub(super) fn exchange_ends(&self) {
+    pub(super) fn exchange_ends(&mut self) {
+        self.serves = false;
         count_end(&self.worker, &self.tenancy);
         self.watched.enter(Phase::Idle, self.worker.now());
     }
@@ -190,6 +195,10 @@ fn since(place: &AtomicU32, waits: bool, now: u32) {
 
 impl Drop for Place {
     fn drop(&mut self) {
+        if self.serves {
+            // The task was cut off, by a panic or with its runtime.
+            self.exchange_ends();
+        }
         let shared = self.worker.shared();
         self.worker.unwatch(self.key);
         shared.visitors.fetch_sub(1, Relaxed);
