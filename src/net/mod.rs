@@ -7,12 +7,15 @@ pub mod acceptor;
 pub mod dial;
 pub mod tls;
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::AsyncWrite;
 
 use crate::ports::BindFailure;
 
@@ -60,6 +63,21 @@ fn lacks_ipv6(error: &io::Error) -> bool {
         Errno::from_io_error(error),
         Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL)
     )
+}
+
+/// Writes parts in order, as many bytes as are taken; no parts at all count as none taken.
+///
+/// A single part, as most heads and small answers are, goes out by `send`, which on Linux is
+/// cheaper than `writev` by a tenth.
+pub fn poll_write(
+    stream: Pin<&mut impl AsyncWrite>,
+    cx: &mut Context<'_>,
+    parts: &[IoSlice<'_>],
+) -> Poll<io::Result<usize>> {
+    match parts {
+        [part] => stream.poll_write(cx, part),
+        parts => stream.poll_write_vectored(cx, parts),
+    }
 }
 
 /// What a failed [`listen`] means for the port.

@@ -7,13 +7,14 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, BytesMut};
 use socket2::SockRef;
-use tokio::io::AsyncWrite;
+use tokio::io::{AsyncWrite, Interest};
 use tokio::net::TcpStream;
 use tokio_util::either::Either;
 use tokio_util::io::poll_read_buf;
 
 use super::service::ServiceStream;
 use crate::http1::Outgoing;
+use crate::net;
 
 /// How much is asked for at once to begin with: more than most answers.
 const SMALL_READ: usize = 8 * 1024;
@@ -79,7 +80,7 @@ impl Connection {
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<()>> {
         let stream = Pin::new(&mut self.stream);
-        match ready!(out.with_slices(|slices| stream.poll_write_vectored(cx, slices)))? {
+        match ready!(out.with_slices(|slices| net::poll_write(stream, cx, slices)))? {
             0 => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
             written => {
                 out.advance(written);
@@ -104,11 +105,14 @@ impl Connection {
     }
 
     /// Whether nothing has come since the last answer was complete, not even the end of the
-    /// connection: what is there now would be taken for the answer to the next request. Asks the
-    /// kernel, since the runtime may not have heard of it yet.
+    /// connection: what is there now would be taken for the answer to the next request. The kernel
+    /// is asked only if the runtime has heard of something since the last read; what comes later
+    /// than the runtime's last look may as well come after this one.
     pub(super) fn is_quiet(&self) -> bool {
-        let mut one = [MaybeUninit::uninit()];
-        let peeked = SockRef::from(self.socket()).peek(&mut one);
+        let socket = self.socket();
+        let peeked = socket.try_io(Interest::READABLE, || {
+            SockRef::from(socket).peek(&mut [MaybeUninit::uninit()])
+        });
         peeked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
 

@@ -21,7 +21,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::FutureExt;
 use futures_util::future::poll_fn;
-use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tracing::{debug, warn};
 
@@ -42,6 +42,7 @@ use crate::http1::{
 use crate::link::Exchange;
 use crate::metrics::{self, Failure};
 use crate::mux::{HeadRead, Read, Reason};
+use crate::net;
 use crate::net::acceptor::Accepted;
 use crate::server::respond::Fault;
 use crate::server::tenancy::Tenancy;
@@ -363,7 +364,7 @@ impl Visitor {
             let stream = Pin::new(&mut self.stream);
             let outcome = self
                 .out
-                .with_slices(|slices| stream.poll_write_vectored(cx, slices));
+                .with_slices(|slices| net::poll_write(stream, cx, slices));
             self.place.writing(outcome.is_pending());
             match outcome {
                 Poll::Ready(Ok(0)) => return Err(Over::Left),
