@@ -24,6 +24,7 @@ const ROOMS: &[(&str, u8)] = &[
     // Cores: state machines without I/O.
     ("mux", 1),
     ("http1", 1),
+    ("http2", 1),
     ("ports", 1),
     ("auth", 1),
     // Edges: one piece of the outside each.
@@ -111,8 +112,8 @@ const RESERVED: &[Reserved] = &[
     },
     Reserved {
         name: "h2",
-        places: &["src/server/ingress/http2"],
-        reason: "only who serves visitors names h2: the rest knows heads and bodies",
+        places: &["src/server/ingress/http2", "src/agent/forward/http2"],
+        reason: "only who serves visitors or calls services names h2: the rest knows heads and bodies",
     },
     Reserved {
         name: "hyper",

@@ -300,6 +300,11 @@ const AGENT: &[(&str, &str, &str)] = &[
         "an_agent_changes_its_service_and_token_without_losing_its_session",
     ),
     (
+        "local.protocol",
+        "tests/http2/services.rs",
+        "grpc_alone_goes_as_http2_if_that_is_left_to_the_agent",
+    ),
+    (
         "local.host_header",
         "tests/http/heads.rs",
         "host_is_what_the_agent_is_told_to_send",

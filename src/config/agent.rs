@@ -10,7 +10,9 @@ use super::LogConfig;
 use super::fault::ConfigError;
 use super::sources::{Reader, Sources, TLS_ENABLED, secret, tls_is_off};
 use super::table::Role;
-use super::value::{self, HostHeader, HostPort, InvalidValue, PemFile, Scheme, ServiceUrl};
+use super::value::{
+    self, HostHeader, HostPort, InvalidValue, PemFile, Protocol, Scheme, ServiceUrl,
+};
 
 /// Everything an agent is told; the fields mirror the sections of the file.
 #[derive(Debug, Clone)]
@@ -59,6 +61,8 @@ pub struct DialTls {
 pub struct LocalConfig {
     /// `local.service_url`: the only place the agent ever connects to besides the server.
     pub service_url: ServiceUrl,
+    /// `local.protocol`: which HTTP it is spoken to in.
+    pub protocol: Protocol,
     /// `local.host_header`: what the service sees as `Host`.
     pub host_header: HostHeader,
     /// `local.response_timeout`: from handing a request to the service to the head of its answer.
@@ -131,6 +135,7 @@ impl AgentConfig {
             },
             local: LocalConfig {
                 service_url: from.value("local.service_url", str::parse),
+                protocol: from.value("local.protocol", str::parse),
                 host_header: from.value("local.host_header", str::parse),
                 response_timeout: from.time("local.response_timeout"),
                 connect_timeout: from.time("local.connect_timeout"),

@@ -28,7 +28,9 @@ pub use reload::Changes;
 pub use server::{HttpConfig, ProcessConfig, ServerConfig, TunnelConfig, TunnelTls};
 pub use sources::{Sources, secret_files};
 pub use table::{Kind, Preset, Reload, Role, Setting, environment_name, example, markdown, table};
-pub use value::{Cidr, HostHeader, HostPort, InvalidValue, LogOutput, PemFile, Scheme, ServiceUrl};
+pub use value::{
+    Cidr, HostHeader, HostPort, InvalidValue, LogOutput, PemFile, Protocol, Scheme, ServiceUrl,
+};
 
 use crate::telemetry::{Filter, Format};
 

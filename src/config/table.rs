@@ -113,6 +113,8 @@ pub enum Kind {
     Id,
     /// A [`ServiceUrl`](super::ServiceUrl).
     Url,
+    /// A [`Protocol`](super::Protocol).
+    Protocol,
     /// A [`HostHeader`](super::HostHeader).
     HostHeader,
     /// `true` or `false`.
@@ -671,6 +673,12 @@ static AGENT: &[Setting] = &[
         "The local service: `http` or `https`, a host, a port. No path, because requests arrive with the path the visitor sent; no user name and no query. The agent connects to nothing else.",
     ),
     setting(
+        "local.protocol",
+        Kind::Protocol,
+        "http1",
+        "Which HTTP the service is spoken to in, whatever its visitors speak. `http1` is HTTP/1.1, what every service knows; `h2c` HTTP/2 with prior knowledge, over shared connections, as gRPC needs it; `auto` is `h2c` for requests whose Content-Type is `application/grpc` or begins with `application/grpc+`, `http1` for all others. With an `https` URL, HTTP/2 is agreed upon in the handshake.",
+    ),
+    setting(
         "local.host_header",
         Kind::HostHeader,
         "preserve",
@@ -862,6 +870,7 @@ impl fmt::Display for Kind {
             Self::HostPort => f.write_str("HOST:PORT"),
             Self::Id => f.write_str("agent id"),
             Self::Url => f.write_str("URL"),
+            Self::Protocol => f.write_str("`http1`, `h2c` or `auto`"),
             Self::HostHeader => f.write_str("`preserve`, `target` or a host"),
             Self::Flag => f.write_str("`true` or `false`"),
             Self::Count { min, max, off: may } => write!(f, "{min} to {max}{}", off(may)),

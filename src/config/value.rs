@@ -201,6 +201,30 @@ impl FromStr for HostHeader {
     }
 }
 
+/// Which HTTP the local service is spoken to in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2, in clear with prior knowledge.
+    H2c,
+    /// HTTP/2 for calls of gRPC, HTTP/1.1 for the rest.
+    Auto,
+}
+
+impl FromStr for Protocol {
+    type Err = InvalidValue;
+
+    fn from_str(text: &str) -> Result<Self, InvalidValue> {
+        match text {
+            "http1" => Ok(Self::Http1),
+            "h2c" => Ok(Self::H2c),
+            "auto" => Ok(Self::Auto),
+            _ => Err(InvalidValue::new("expected http1, h2c or auto")),
+        }
+    }
+}
+
 /// A block of addresses: an address and how many of its leading bits count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cidr {

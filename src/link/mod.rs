@@ -8,7 +8,10 @@
 //! is short: it covers memory, no I/O. A tunnel and its visitors live on one worker thread, so it
 //! is all but never contended; from another thread the same calls work, only slower.
 
+mod gather;
 pub mod http2;
+
+pub use gather::Gather;
 
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

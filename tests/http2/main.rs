@@ -16,5 +16,7 @@ mod common;
 
 mod client;
 mod floods;
+mod grpc;
 mod programs;
+mod services;
 mod visitors;

@@ -81,7 +81,7 @@ fn trailers_pass_both_ways() {
               Content-Length: 9\r\n\r\n",
         );
     });
-    let server = Server::with(port_range(2), &[]);
+    let server = Server::with(port_range(4), &[]);
     let agent = server.agent("a", address);
     run(async {
         let mut client = Client::connect(agent.address()).await;
@@ -236,7 +236,7 @@ fn refused_requests_are_answered_and_the_others_go_on() {
 
 #[test]
 fn a_service_that_is_not_there_is_told_of() {
-    let server = Server::with(port_range(2), &[("http.port_lease", "30s")]);
+    let server = Server::with(port_range(4), &[("http.port_lease", "30s")]);
     let agent = server.agent("a", "127.0.0.1:1".parse().unwrap());
     run(async {
         let mut client = Client::connect(agent.address()).await;
@@ -271,7 +271,7 @@ fn who_resets_a_stream_cancels_at_the_service() {
         read_to_close(&mut stream);
         let _ = sender.lock().unwrap().send(Instant::now());
     });
-    let server = Server::with(port_range(2), &[]);
+    let server = Server::with(port_range(4), &[]);
     let agent = server.agent("a", address);
     for path in ["/waiting", "/begun"] {
         let left = run(async {
@@ -326,7 +326,7 @@ fn an_answer_that_breaks_off_never_ends_cleanly() {
 #[test]
 fn a_lost_tunnel_cuts_the_streams_and_not_the_connection() {
     let held = HeldService::start("late");
-    let server = Server::with(port_range(2), &[("http.port_lease", "30s")]);
+    let server = Server::with(port_range(4), &[("http.port_lease", "30s")]);
     let agent = server.agent("a", held.address);
     run(async {
         let mut client = Client::connect(agent.address()).await;
@@ -380,7 +380,7 @@ fn an_early_answer_ends_an_upload() {
         let _ = stream.write_all(b"HTTP/1.1 413 No\r\nContent-Length: 2\r\n\r\nno");
         read_to_close(&mut stream);
     });
-    let server = Server::with(port_range(2), &[]);
+    let server = Server::with(port_range(4), &[]);
     let agent = server.agent("a", address);
     run(async {
         let mut client = Client::connect(agent.address()).await;
@@ -440,7 +440,7 @@ fn time_limits_hold_for_each_stream() {
 #[test]
 fn a_drain_lets_streams_finish() {
     let held = HeldService::start("late");
-    let mut server = Server::with(port_range(2), &[]);
+    let mut server = Server::with(port_range(4), &[]);
     let agent = server.agent("a", held.address);
     run(async {
         let mut idle = Client::connect(agent.address()).await;

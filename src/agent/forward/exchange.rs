@@ -103,7 +103,7 @@ fn may_repeat(head: &RequestHead, upload: &Upload, written: bool) -> bool {
 }
 
 /// RFC 9110, section 9.2.2.
-fn is_idempotent(method: &[u8]) -> bool {
+pub(super) fn is_idempotent(method: &[u8]) -> bool {
     matches!(
         method,
         b"GET" | b"HEAD" | b"OPTIONS" | b"TRACE" | b"PUT" | b"DELETE"

@@ -5,9 +5,12 @@
 //! A worker whose exchange is done takes the next one that waits, else it lies down on top of a
 //! stack: the one that lay down last is called first, and those below grow old and leave. A worker
 //! whose connection is upgraded carries bytes until that ends, and doesn't count any more.
+//!
+//! What goes to the service as HTTP/2 has a worker too, but shares its connection: see [`http2`].
 
 mod connection;
 mod exchange;
+mod http2;
 mod request;
 mod service;
 mod upgraded;
@@ -58,6 +61,8 @@ struct State {
     workers: Slab<Entry>,
     /// Workers that have nothing to do and since when; the last one lay down last.
     idle: Vec<(usize, u64)>,
+    /// For what goes to the service as HTTP/2.
+    http2: http2::Connections,
     /// A task moves the clock.
     ticking: bool,
     closed: bool,
@@ -207,6 +212,7 @@ impl Shared {
                 waiting: VecDeque::new(),
                 workers: Slab::new(),
                 idle: Vec::new(),
+                http2: http2::Connections::default(),
                 ticking: false,
                 closed: false,
             }),
@@ -242,7 +248,9 @@ impl Shared {
             .into_iter()
             .filter_map(|(index, _)| state.workers.get_mut(index)?.call(Call::Leave))
             .collect();
+        let unused = state.http2.give_up_unused_since(u64::MAX);
         drop(state);
+        drop(unused);
         wakers.into_iter().for_each(Waker::wake);
     }
 
@@ -265,6 +273,7 @@ impl Shared {
             waiting,
             workers,
             idle,
+            http2,
             ..
         } = &mut *state;
         let mut wakers = Vec::new();
@@ -300,9 +309,12 @@ impl Shared {
             *waiting = still;
             over.extend(gone);
         }
-        let needed = !workers.is_empty();
+        let unused = now.checked_sub(self.limits.idle);
+        let unused = unused.map(|then| http2.give_up_unused_since(then));
+        let needed = !workers.is_empty() || !http2.is_empty();
         state.ticking = needed;
         drop(state);
+        drop(unused);
 
         wakers.into_iter().for_each(Waker::wake);
         for one in over {
@@ -332,7 +344,7 @@ impl Entry {
     }
 }
 
-/// The task of one connection to the service.
+/// The task of one exchange after the other, and of the connection that they leave behind.
 struct Worker {
     shared: Arc<Shared>,
     /// Where its entry is, until it has left or stepped aside.
@@ -356,7 +368,12 @@ impl Worker {
         let mut connection = None;
         let mut next = Some(first);
         while let Some(task) = next {
-            connection = exchange::forward(&mut self, connection, task).await;
+            if self.service().takes_http2(&task.head) {
+                // In a box, as most services need no room for it.
+                Box::pin(http2::forward(&self, task)).await;
+            } else {
+                connection = exchange::forward(&mut self, connection, task).await;
+            }
             self.deadline.clear();
             next = match self.next(connection.is_some()) {
                 Next::Task(task) => Some(task),

@@ -28,7 +28,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{Agent, Event};
 use crate::config::{
     AgentConfig, AgentProcess, DialConfig, HostHeader, HostPort, LocalConfig, LocalTls, LogConfig,
-    Scheme, ServiceUrl,
+    Protocol, Scheme, ServiceUrl,
 };
 use crate::head::{LinesBuilder, RequestHead, ResponseHead};
 use crate::link::{Ended, Exchange, Link, Observer, http2};
@@ -400,6 +400,7 @@ fn config(server: SocketAddr, service_port: u16) -> AgentConfig {
                     port: service_port,
                 },
             },
+            protocol: Protocol::Http1,
             host_header: HostHeader::Preserve,
             response_timeout: Duration::from_secs(60),
             connect_timeout: Duration::from_secs(5),

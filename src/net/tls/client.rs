@@ -164,7 +164,7 @@ impl Loaded {
 }
 
 /// What an `https` service is called with: its certificate is checked as `local.tls` says, and must
-/// bear `host` unless that names another.
+/// bear `host` unless that names another. Which protocol is spoken is for the caller to offer.
 ///
 /// # Errors
 /// Whatever is wrong with the files or the name.
@@ -178,7 +178,7 @@ pub fn service(
     let provider = provider();
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()?;
-    let mut config = if tls.insecure {
+    let config = if tls.insecure {
         warn!("local.tls.insecure: the local service's certificate is not checked");
         builder
             .dangerous()
@@ -191,7 +191,6 @@ pub fn service(
         };
         builder.with_root_certificates(roots).with_no_client_auth()
     };
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok((TlsConnector::from(Arc::new(config)), name))
 }
 

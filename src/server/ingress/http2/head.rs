@@ -1,5 +1,5 @@
 use http::header::{COOKIE, HOST};
-use http::{HeaderMap, HeaderValue, request::Parts};
+use http::{HeaderMap, request::Parts};
 
 use crate::config::HttpConfig;
 use crate::headers::{Framing, Refusal, Version, check_request};
@@ -19,14 +19,6 @@ pub(super) struct Head<'a> {
 pub(super) struct Facts {
     /// The visitor sends his body only when he is told to go on, or after a while of his own.
     pub(super) expects_continue: bool,
-}
-
-/// The crumbs in which a client may send a cookie, put together, as only HTTP/2 knows of them
-/// (RFC 9113, section 8.2.3); none if there is nothing to put together.
-pub(super) fn joined_cookie(headers: &HeaderMap) -> Option<Vec<u8>> {
-    let crumbs = headers.get_all(COOKIE).iter();
-    let crumbs: Vec<_> = crumbs.map(HeaderValue::as_bytes).collect();
-    (crumbs.len() > 1).then(|| crumbs.join(&b"; "[..]))
 }
 
 impl<'a> Head<'a> {

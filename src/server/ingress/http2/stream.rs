@@ -4,22 +4,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::task::{Context, Poll};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{RecvStream, SendStream};
 use http::header::CONTENT_LENGTH;
-use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
+use http::{HeaderMap, Response, StatusCode};
 
 use super::super::connection::{Request, open_exchange};
 use super::super::place::{Order, Part};
 use super::super::record::Record;
 use super::Caller;
-use super::head::{Head, joined_cookie};
+use super::head::Head;
 use super::piece::{Piece, Unsent};
 use crate::cors::{Additions, Grant, Line};
-use crate::head::{Lines, ResponseHead};
-use crate::headers::{Direction, forward_trailers, sendable, sendable_trailers};
-use crate::link::Exchange;
+use crate::head::ResponseHead;
+use crate::headers::{Direction, forward_trailers, sendable};
+use crate::http2::{append, fields_of, joined_cookie, trailers_of};
+use crate::link::{Exchange, Gather};
 use crate::metrics::Failure;
 use crate::mux::{HeadRead, Read, Reason};
 use crate::server::respond::Fault;
@@ -27,9 +28,6 @@ use crate::server::respond::Fault;
 /// How many bytes of interim answers are passed on for a request; they lie in h2, and no window
 /// holds them back. More are left out.
 const MAX_INTERIM: usize = 64 * 1024;
-
-/// How much of an answer is joined to one frame: what a frame may have at least.
-const GATHERED: usize = 16 * 1024;
 
 /// How a stream ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,8 +57,7 @@ pub(super) struct Stream {
     /// What is still to come of the answer's body, if its head says so.
     left: Option<u64>,
     sent: u64,
-    /// What comes next of the answer, if that was looked at already.
-    ahead: Option<Read>,
+    download: Gather,
     /// Bytes of interim answers so far.
     interim: usize,
     unsent: Arc<Unsent>,
@@ -137,7 +134,7 @@ impl Stream {
             send: None,
             left: None,
             sent: 0,
-            ahead: None,
+            download: Gather::default(),
             interim: 0,
             unsent: Unsent::new(&part),
             grant: None,
@@ -380,14 +377,10 @@ impl Stream {
                     if !self.has_room(cx) {
                         break;
                     }
-                    let read = match self.ahead.take() {
-                        Some(read) => read,
-                        None => match exchange.poll_read(cx) {
-                            Poll::Ready(read) => read,
-                            Poll::Pending => break,
-                        },
-                    };
-                    self.take_read(&exchange, read, cx)?;
+                    match self.download.poll_next(&exchange, cx) {
+                        Poll::Ready(read) => self.take_read(read)?,
+                        Poll::Pending => break,
+                    }
                 }
                 Stage::Bodiless => match exchange.poll_read(cx) {
                     Poll::Ready(Read::End(_) | Read::Reset(_)) => self.stage = Stage::Complete,
@@ -442,7 +435,7 @@ impl Stream {
                 // saving: only then it finds the status in it.
                 let first = match bodiless {
                     true => None,
-                    false => match exchange.poll_read(cx) {
+                    false => match self.download.poll_next(exchange, cx) {
                         Poll::Ready(read) => Some(read),
                         Poll::Pending => None,
                     },
@@ -452,7 +445,8 @@ impl Stream {
                 match first {
                     _ if bodiless => self.stage = Stage::Bodiless,
                     _ if is_all => self.stage = Stage::Complete,
-                    first => self.ahead = first,
+                    Some(first) => self.download.put_back(first),
+                    None => {}
                 }
             }
             HeadRead::Pending => {}
@@ -490,15 +484,9 @@ impl Stream {
         Ok(())
     }
 
-    fn take_read(
-        &mut self,
-        exchange: &Exchange,
-        read: Read,
-        cx: &mut Context<'_>,
-    ) -> Result<(), Left> {
+    fn take_read(&mut self, read: Read) -> Result<(), Left> {
         match read {
             Read::Data(data) => {
-                let data = self.gather(exchange, data, cx);
                 let length = data.len() as u64;
                 self.left = match self.left.map(|left| left.checked_sub(length)) {
                     None => None,
@@ -509,7 +497,7 @@ impl Stream {
                     }
                 };
                 self.caller.place.count_out(data.len());
-                let is_last = self.ahead == Some(Read::End(None)) && self.left.unwrap_or(0) == 0;
+                let is_last = self.download.is_at_end() && self.left.unwrap_or(0) == 0;
                 self.send(data, is_last)?;
                 if is_last {
                     self.stage = Stage::Complete;
@@ -519,7 +507,7 @@ impl Stream {
                 self.break_off(h2::Reason::INTERNAL_ERROR);
             }
             Read::End(trailers) => {
-                let trailers = trailers.as_ref().map(trailer_map).unwrap_or_default();
+                let trailers = trailers_of(trailers.as_ref());
                 match &mut self.send {
                     Some(send) if !trailers.is_empty() => {
                         send.send_trailers(trailers).map_err(|_| Left)?;
@@ -532,30 +520,6 @@ impl Stream {
             Read::Pending => {}
         }
         Ok(())
-    }
-
-    /// Joins small pieces of a body to one frame, if they are there already, and finds out whether
-    /// they are the last. Small frames cost much, and some clients end a connection that sends
-    /// them many (h2 itself does that after about a hundred that its application hasn't read).
-    fn gather(&mut self, exchange: &Exchange, data: Bytes, cx: &mut Context<'_>) -> Bytes {
-        let mut joined = BytesMut::new();
-        while joined.len().max(data.len()) < GATHERED && self.ahead.is_none() {
-            match exchange.poll_read(cx) {
-                Poll::Ready(Read::Data(more)) if joined.len() + more.len() <= GATHERED => {
-                    if joined.is_empty() {
-                        joined.extend_from_slice(&data);
-                    }
-                    joined.extend_from_slice(&more);
-                }
-                Poll::Ready(read) => self.ahead = Some(read),
-                Poll::Pending => break,
-            }
-        }
-        if joined.is_empty() {
-            data
-        } else {
-            joined.freeze()
-        }
     }
 
     /// Hands a piece of the answer's body to h2.
@@ -619,12 +583,6 @@ impl Drop for Stream {
     }
 }
 
-fn fields_of(headers: &HeaderMap) -> impl Iterator<Item = (&[u8], &[u8])> {
-    headers
-        .iter()
-        .map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))
-}
-
 /// The head of the service's answer, with the lines that a `grant` adds, and the length that it
 /// declares; none if it can't be passed on.
 fn answer(head: &ResponseHead, grant: Option<&Grant>) -> Option<(Response<()>, Option<u64>)> {
@@ -667,14 +625,6 @@ fn response(
     fits.then_some((response, length))
 }
 
-fn trailer_map(lines: &Lines) -> HeaderMap {
-    let mut map = HeaderMap::new();
-    for (name, value) in sendable_trailers(lines) {
-        append(&mut map, name, value);
-    }
-    map
-}
-
 fn with_lines<'a>(
     mut response: Response<()>,
     lines: impl Iterator<Item = Line<'a>>,
@@ -683,14 +633,6 @@ fn with_lines<'a>(
         append(response.headers_mut(), name.as_bytes(), value);
     }
     response
-}
-
-/// Appends a line, if it is one and there is room for it.
-fn append(map: &mut HeaderMap, name: &[u8], value: &[u8]) -> bool {
-    match (HeaderName::from_bytes(name), HeaderValue::from_bytes(value)) {
-        (Ok(name), Ok(value)) => map.try_append(name, value).is_ok(),
-        _ => false,
-    }
 }
 
 /// What a visitor is told who has the answer's head already (RFC 9113, section 7).
