@@ -348,7 +348,7 @@ impl<'a> Stream<'a> {
         let lines = fields.iter().copied();
         check_response(status, Version::Http11, self.to_head, lines.clone())
             .map_err(|error| error.to_string())?;
-        let lines = forward_response(lines).map_err(|error| error.to_string())?;
+        let lines = forward_response(status, lines).map_err(|error| error.to_string())?;
         Ok(ResponseHead { status, lines })
     }
 
