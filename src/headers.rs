@@ -43,6 +43,7 @@ pub fn check_request<'a>(
     let mut is_chunked = false;
     let mut connection = Persistence::default();
     let mut expects_continue = false;
+    let mut offers = false;
     for (name, value) in fields {
         match kind(name) {
             Kind::Plain => {}
@@ -60,6 +61,7 @@ pub fn check_request<'a>(
             Kind::TransferEncoding => is_chunked = true,
             Kind::Connection => connection.read(value),
             Kind::Expect => expects_continue |= value.eq_ignore_ascii_case(b"100-continue"),
+            Kind::Upgrade => offers |= protocols(value).next().is_some(),
             _ => {}
         }
     }
@@ -84,6 +86,11 @@ pub fn check_request<'a>(
         persistent: connection.persists(version),
         // RFC 9110, section 10.1.1: in HTTP/1.0 it means nothing.
         expects_continue: expects_continue && version == Version::Http11,
+        // RFC 9110, section 7.8: the line counts if Connection names it, and not in HTTP/1.0.
+        upgrades: offers
+            && connection.upgrade
+            && version == Version::Http11
+            && framing == Framing::Length(0),
     })
 }
 
@@ -116,13 +123,19 @@ pub struct RequestFacts {
     pub persistent: bool,
     /// The visitor sends his body only when he is told to go on, or after a while of his own.
     pub expects_continue: bool,
+    /// The visitor would go on with another protocol on the connection (RFC 9110, section 7.8).
+    /// Only of a request without a body: where one ends and the other protocol begins, nobody
+    /// has to agree upon then. HTTP/2 isn't among these protocols.
+    pub upgrades: bool,
 }
 
-/// What the Connection lines of a head say of the connection's end (RFC 9112, section 9.3).
+/// What the Connection lines of a head say of what becomes of the connection (RFC 9112, section
+/// 9.3, and RFC 9110, section 7.8).
 #[derive(Debug, Clone, Copy, Default)]
 struct Persistence {
     close: bool,
     keep_alive: bool,
+    upgrade: bool,
 }
 
 impl Persistence {
@@ -130,6 +143,7 @@ impl Persistence {
         for option in connection.split(|byte| *byte == b',').map(trim) {
             self.close |= option.eq_ignore_ascii_case(b"close");
             self.keep_alive |= option.eq_ignore_ascii_case(b"keep-alive");
+            self.upgrade |= option.eq_ignore_ascii_case(b"upgrade");
         }
     }
 
@@ -221,9 +235,12 @@ impl Forwarding {
 /// The lines of a request for the tunnel; the request has passed [`check_request`].
 ///
 /// * Dropped: Connection and the lines it names, Keep-Alive, Proxy-Connection, Transfer-Encoding,
-///   Upgrade, and TE but for its `trailers`. Connection can't name away a line that this module
-///   gives a meaning to, such as Host, Content-Length or X-Forwarded-For: it would change what
-///   the request is.
+///   HTTP2-Settings, and TE but for its `trailers`. Connection can't name away a line that this
+///   module gives a meaning to, such as Host, Content-Length or X-Forwarded-For: it would change
+///   what the request is.
+/// * Upgrade becomes one line with the protocols in it but `h2c`, if `upgrade` says so; else it
+///   is dropped. `upgrade` is for a request that asks for it ([`RequestFacts::upgrades`]), on its
+///   way to an agent that knows what to do with it.
 /// * Kept: everything else, in order, values untouched. That includes Expect, Trailer, and
 ///   Proxy-Authorization, which is meant for a proxy that asks for it, and this one never does
 ///   (RFC 9110, section 11.7.2; nginx passes it too).
@@ -238,6 +255,7 @@ impl Forwarding {
 pub fn forward_request<'a>(
     fields: impl IntoIterator<Item = (&'a [u8], &'a [u8])> + Clone,
     forwarding: &Forwarding,
+    upgrade: bool,
     request_id: impl FnOnce() -> RequestId,
 ) -> Result<Lines, LineTooLong> {
     let (size, named) = survey(fields.clone());
@@ -249,6 +267,7 @@ pub fn forward_request<'a>(
     let mut has_proto = false;
     let mut has_request_id = false;
     let mut earlier_peers: Vec<&[u8]> = Vec::new();
+    let mut offered: Vec<&[u8]> = Vec::new();
 
     for (name, bytes) in fields {
         match kind(name) {
@@ -258,6 +277,12 @@ pub fn forward_request<'a>(
             Kind::RequestId => has_request_id = true,
             Kind::Te => {
                 accepts_trailers |= names_trailers(bytes);
+                continue;
+            }
+            Kind::Upgrade => {
+                if upgrade {
+                    offered.extend(protocols(bytes));
+                }
                 continue;
             }
             Kind::Connection | Kind::TransferEncoding | Kind::OtherHop => continue,
@@ -279,6 +304,9 @@ pub fn forward_request<'a>(
 
     if accepts_trailers {
         lines.push(b"te", b"trailers")?;
+    }
+    if !offered.is_empty() {
+        lines.push(b"upgrade", &offered.join(&b", "[..]))?;
     }
     let peer = forwarding.peer.as_bytes();
     if earlier_peers.is_empty() {
@@ -365,20 +393,29 @@ pub struct ResponseFacts {
 /// The lines of a service's answer, interim or final, for the tunnel; the final one's have passed
 /// [`check_response`].
 ///
-/// Dropped are Connection and the lines it names, Keep-Alive, Proxy-Connection, TE,
-/// Transfer-Encoding and Upgrade; and Content-Length beside Transfer-Encoding (RFC 9112,
-/// section 6.3). Everything else is kept, in order, values untouched.
+/// Dropped are Connection and the lines it names, Keep-Alive, Proxy-Connection, TE and
+/// Transfer-Encoding; and Content-Length beside Transfer-Encoding (RFC 9112, section 6.3). Upgrade
+/// is dropped but where it belongs to what the status says: in a 101, and in a 426 (RFC 9110,
+/// section 15.5.22), there as one line. Everything else is kept, in order, values untouched.
 ///
 /// # Errors
 /// [`LineTooLong`] if a name or value is beyond the tunnel's 65,535 bytes.
 pub fn forward_response<'a>(
+    status: u16,
     fields: impl IntoIterator<Item = (&'a [u8], &'a [u8])> + Clone,
 ) -> Result<Lines, LineTooLong> {
     let (size, named) = survey(fields.clone());
     let mut lines = LinesBuilder::with_capacity(size);
+    let mut named_protocols: Vec<&[u8]> = Vec::new();
     for (name, value) in fields.clone() {
         match kind(name) {
             Kind::Plain if named.contain(name) => continue,
+            Kind::Upgrade => {
+                if matches!(status, 101 | 426) {
+                    named_protocols.extend(protocols(value));
+                }
+                continue;
+            }
             Kind::Connection | Kind::TransferEncoding | Kind::Te | Kind::OtherHop => continue,
             // Looked up only if there is a length, which an answer with an encoding seldom has.
             Kind::ContentLength
@@ -392,6 +429,9 @@ pub fn forward_response<'a>(
             _ => {}
         }
         lines.push(name, value)?;
+    }
+    if !named_protocols.is_empty() {
+        lines.push(b"upgrade", &named_protocols.join(&b", "[..]))?;
     }
     Ok(lines.finish())
 }
@@ -427,10 +467,12 @@ pub enum Direction {
 /// Hands the lines off the tunnel that are to be written to `write`, and says what they mean.
 ///
 /// The peer of a tunnel may send anything. So lines that would change the framing of the message
-/// or of its connection (Connection, Keep-Alive, Proxy-Connection, Transfer-Encoding, Upgrade)
-/// are dropped, and what isn't an unambiguous head is refused. TE is dropped but for `trailers`
-/// in a request, which brings the Connection line that must name it (RFC 9110, section 10.1.4).
-/// Content-Length isn't handed out either: whoever writes the head writes it, if it fits.
+/// or of its connection (Connection, Keep-Alive, Proxy-Connection, Transfer-Encoding) are
+/// dropped, and what isn't an unambiguous head is refused. TE is dropped but for `trailers` in a
+/// request, and Upgrade but for [`offered`] protocols in a request without a body; they bring the
+/// Connection line that must name them (RFC 9110, sections 10.1.4 and 7.8). Content-Length isn't
+/// handed out either, nor the Upgrade line of an answer: whoever writes the head writes them, if
+/// they fit.
 ///
 /// # Errors
 /// See [`InvalidLines`]. The lines are the peer's fault, and the exchange is over; some may have
@@ -442,8 +484,15 @@ pub fn sendable(
 ) -> Result<LineFacts, InvalidLines> {
     let mut facts = LineFacts::default();
     let mut accepts_trailers = false;
+    let mut upgrade = None;
     for (name, value) in lines.iter() {
         match kind(name) {
+            Kind::Upgrade => {
+                if direction == Direction::Request && upgrade.is_none() && are_protocols(value) {
+                    upgrade = Some(value);
+                }
+                continue;
+            }
             Kind::Connection | Kind::TransferEncoding | Kind::OtherHop => continue,
             Kind::Te => {
                 accepts_trailers |= direction == Direction::Request && names_trailers(value);
@@ -468,11 +517,38 @@ pub fn sendable(
         check_line(name, value)?;
         write(name, value);
     }
+    // Whoever has a body to send can't say where it ends and the other protocol begins.
+    let upgrade = upgrade.filter(|_| facts.length.unwrap_or(0) == 0);
     if accepts_trailers {
         write(b"te", b"trailers");
-        write(b"connection", b"te");
+    }
+    if let Some(protocols) = upgrade {
+        write(b"upgrade", protocols);
+    }
+    match (accepts_trailers, upgrade.is_some()) {
+        (true, true) => write(b"connection", b"upgrade, te"),
+        (true, false) => write(b"connection", b"te"),
+        (false, true) => write(b"connection", b"upgrade"),
+        (false, false) => {}
     }
     Ok(facts)
+}
+
+/// The protocols that a head off the tunnel names in its Upgrade line: those that a request
+/// offers, or those that an answer speaks of. None if there is no such line, or if it is anything
+/// else than a list of protocols; of several lines the first counts.
+pub fn offered(lines: &Lines) -> Option<&[u8]> {
+    lines
+        .iter()
+        .find(|(name, value)| kind(name) == Kind::Upgrade && are_protocols(value))
+        .map(|(_, value)| value)
+}
+
+/// Whether `answer`, the lines of a 101 off the tunnel or on the way there, goes on with nothing
+/// but protocols of the `offer` (RFC 9110, section 15.2.2).
+pub fn goes_on_as_offered(offer: &[u8], answer: &Lines) -> bool {
+    let is_offered = |chosen: &[u8]| protocols(offer).any(|one| one.eq_ignore_ascii_case(chosen));
+    offered(answer).is_some_and(|chosen| protocols(chosen).all(is_offered))
 }
 
 /// What the lines of a head off the tunnel say.
@@ -651,7 +727,8 @@ enum Kind {
     TransferEncoding,
     Connection,
     Te,
-    /// For one connection only: Keep-Alive, Proxy-Connection, Upgrade.
+    Upgrade,
+    /// For one connection only: Keep-Alive, Proxy-Connection, HTTP2-Settings.
     OtherHop,
     ForwardedFor,
     ForwardedHost,
@@ -669,13 +746,14 @@ fn kind(name: &[u8]) -> Kind {
         4 if is(b"host") => Kind::Host,
         6 if is(b"expect") => Kind::Expect,
         7 if is(b"trailer") => Kind::Trailer,
-        7 if is(b"upgrade") => Kind::OtherHop,
+        7 if is(b"upgrade") => Kind::Upgrade,
         9 if is(b"forwarded") => Kind::OtherForwarded,
         9 => forwarded(name, b"x-real-ip", Kind::OtherForwarded),
         10 if is(b"connection") => Kind::Connection,
         10 if is(b"keep-alive") => Kind::OtherHop,
         12 if is(b"x-request-id") => Kind::RequestId,
         14 if is(b"content-length") => Kind::ContentLength,
+        14 if is(b"http2-settings") => Kind::OtherHop,
         15 => forwarded(name, b"x-forwarded-for", Kind::ForwardedFor),
         16 if is(b"proxy-connection") => Kind::OtherHop,
         16 => forwarded(name, b"x-forwarded-host", Kind::ForwardedHost),
@@ -696,6 +774,24 @@ fn forwarded(name: &[u8], pattern: &[u8], exact: Kind) -> Kind {
     } else {
         Kind::Plain
     }
+}
+
+/// The protocols of an Upgrade value, a list of `name ["/" version]` (RFC 9110, section 7.8),
+/// without what is none, and without `h2c`: a service that answered in HTTP/2 would be out of
+/// reach for every check of what visitors ask, and RFC 9113, section 3.1 has done away with it.
+fn protocols(value: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let parts = value.split(|byte| *byte == b',').map(trim);
+    parts.filter(|part| is_protocol(part))
+}
+
+/// Whether a value is a list of such protocols and nothing else.
+fn are_protocols(value: &[u8]) -> bool {
+    let mut parts = value.split(|byte| *byte == b',').map(trim);
+    parts.all(is_protocol)
+}
+
+fn is_protocol(part: &[u8]) -> bool {
+    part.splitn(2, |byte| *byte == b'/').all(is_token) && !part.eq_ignore_ascii_case(b"h2c")
 }
 
 /// What the lines take in the tunnel, in bytes, and what Connection names.
@@ -968,7 +1064,7 @@ mod tests {
     /// The request's lines in the tunnel, without the ones every request gets.
     fn forwarded_plain(lines: &[(&str, &str)]) -> Vec<(String, String)> {
         let forwarding = Forwarding::new("192.0.2.1".parse().unwrap(), false);
-        let lines = forward_request(fields(lines), &forwarding, id).unwrap();
+        let lines = forward_request(fields(lines), &forwarding, false, id).unwrap();
         let mut texts = texts(&lines);
         texts.retain(|(name, _)| !name.starts_with("x-forwarded") && name != "x-request-id");
         texts
@@ -976,7 +1072,7 @@ mod tests {
 
     fn forwarded_by(peer: &str, trusted: bool, lines: &[(&str, &str)]) -> Vec<(String, String)> {
         let forwarding = Forwarding::new(peer.parse().unwrap(), trusted);
-        texts(&forward_request(fields(lines), &forwarding, id).unwrap())
+        texts(&forward_request(fields(lines), &forwarding, false, id).unwrap())
     }
 
     #[test]
@@ -1235,7 +1331,7 @@ mod tests {
             ("accept-encoding", "br"),
         ];
         let forwarding = Forwarding::new([1, 2, 3, 4].into(), false);
-        let lines = forward_request(fields(&sent), &forwarding, id);
+        let lines = forward_request(fields(&sent), &forwarding, false, id);
         let mut expected = sent.to_vec();
         let id = id();
         expected.extend([
@@ -1251,8 +1347,8 @@ mod tests {
     fn latin_1_values_and_the_case_of_names_stay_intact() {
         let fields: [Field<'_>; 2] = [(b"Host", b"a"), (b"X-Name", b"caf\xe9 \xff\x80")];
         let forwarding = Forwarding::new([1, 2, 3, 4].into(), false);
-        let request = forward_request(fields, &forwarding, id).unwrap();
-        let answer = forward_response(fields).unwrap();
+        let request = forward_request(fields, &forwarding, false, id).unwrap();
+        let answer = forward_response(200, fields).unwrap();
         for (lines, direction) in [(request, Direction::Request), (answer, Direction::Response)] {
             let mut arrived = false;
             let line = |name: &[u8], value: &[u8]| arrived |= (name, value) == fields[1];
@@ -1277,7 +1373,7 @@ mod tests {
             ("x-end", "4"),
         ];
         assert_eq!(forwarded_plain(&hops), pairs(&[("x-end", "4")]));
-        let response = forward_response(fields(&hops)).unwrap();
+        let response = forward_response(200, fields(&hops)).unwrap();
         assert_eq!(texts(&response), pairs(&[("x-end", "4")]));
     }
 
@@ -1441,7 +1537,7 @@ mod tests {
         // What is doubtful is believed once.
         let both = facts(200, false, &[length, chunked]).unwrap();
         assert_eq!((both.framing, both.persistent), (Framing::Chunked, false));
-        let lines = forward_response(fields(&[length, chunked, ("x", "y")])).unwrap();
+        let lines = forward_response(200, fields(&[length, chunked, ("x", "y")])).unwrap();
         assert_eq!(texts(&lines), pairs(&[("x", "y")]));
     }
 
@@ -1486,6 +1582,117 @@ mod tests {
     }
 
     #[test]
+    fn an_upgrade_is_asked_for_by_two_lines_and_no_body() {
+        let upgrades = |version, lines: &[(&str, &str)]| {
+            let mut all = vec![("host", "a")];
+            all.extend(lines);
+            let facts = check_request(b"GET", b"/", version, fields(&all)).unwrap();
+            facts.upgrades
+        };
+        let named = ("connection", "keep-alive, Upgrade");
+        let websocket = ("Upgrade", "WebSocket");
+        for (lines, expected) in [
+            (&[named, websocket][..], true),
+            (&[websocket, named], true),
+            (&[named, ("upgrade", "h2c"), ("upgrade", "x/1")], true),
+            (&[named, ("upgrade", "h2c, websocket")], true),
+            (&[named, websocket, ("content-length", "0")], true),
+            (&[websocket], false),
+            (&[("connection", "upgraded"), websocket], false),
+            (&[named], false),
+            (&[named, ("upgrade", "H2C")], false),
+            (&[named, ("upgrade", "")], false),
+            (&[named, ("upgrade", "web socket, a/b/c, \"x\"")], false),
+            (&[named, websocket, ("content-length", "1")], false),
+            (&[named, websocket, ("transfer-encoding", "chunked")], false),
+        ] {
+            assert_eq!(upgrades(Version::Http11, lines), expected, "{lines:?}");
+        }
+        assert!(!upgrades(Version::Http10, &[named, websocket]));
+    }
+
+    #[test]
+    fn the_protocols_of_an_upgrade_pass_as_one_line() {
+        let sent = [
+            ("connection", "upgrade, http2-settings"),
+            ("upgrade", "h2c, websocket ,, a b"),
+            ("http2-settings", "AAMAAABkAAQAAP__"),
+            ("upgrade", "Chat/2"),
+            ("te", "trailers"),
+        ];
+        let forwarding = Forwarding::new([1, 2, 3, 4].into(), false);
+        let forwarded = |upgrade| {
+            let lines = forward_request(fields(&sent), &forwarding, upgrade, id).unwrap();
+            let (mut written, _) = sent_on(&lines, Direction::Request).unwrap();
+            written.retain(|(name, _)| !name.starts_with("x-"));
+            (lines, written)
+        };
+        let (lines, written) = forwarded(true);
+        assert_eq!(offered(&lines), Some(&b"websocket, Chat/2"[..]));
+        let both = [
+            ("te", "trailers"),
+            ("upgrade", "websocket, Chat/2"),
+            ("connection", "upgrade, te"),
+        ];
+        assert_eq!(written, pairs(&both));
+        let (lines, written) = forwarded(false);
+        assert_eq!(offered(&lines), None);
+        assert_eq!(written, pairs(&[("te", "trailers"), ("connection", "te")]));
+    }
+
+    #[test]
+    fn an_answer_names_protocols_where_its_status_speaks_of_them() {
+        let answer = [
+            ("connection", "Upgrade, x-hop"),
+            ("upgrade", "websocket"),
+            ("x-hop", "1"),
+            ("sec-websocket-accept", "x"),
+        ];
+        for (status, named) in [(101, true), (426, true), (200, false), (103, false)] {
+            let lines = forward_response(status, fields(&answer)).unwrap();
+            let expected = named.then_some(&b"websocket"[..]);
+            assert_eq!(offered(&lines), expected, "{status}");
+            // Whoever writes the answer knows its status.
+            let (written, _) = sent_on(&lines, Direction::Response).unwrap();
+            assert_eq!(written, pairs(&[("sec-websocket-accept", "x")]));
+        }
+    }
+
+    #[test]
+    fn a_service_chooses_among_what_was_offered() {
+        for (offer, chosen, good) in [
+            ("websocket", "WebSocket", true),
+            ("a, b/1", "b/1", true),
+            ("a, b/1", "b/1, a", true),
+            ("a, b/1", "b", false),
+            ("a", "a, c", false),
+            ("a", "", false),
+            ("a", "a b", false),
+            ("a, h2c", "h2c", false),
+        ] {
+            let answer = lines(&[("upgrade", chosen)]);
+            let went_on = goes_on_as_offered(offer.as_bytes(), &answer);
+            assert_eq!(went_on, good, "{offer:?} {chosen:?}");
+        }
+        assert!(!goes_on_as_offered(b"a", &lines(&[])));
+    }
+
+    #[test]
+    fn an_upgrade_off_the_tunnel_is_a_list_of_protocols_or_nothing() {
+        let hostile = [
+            &[("upgrade", "h2c")][..],
+            &[("upgrade", "websocket, h2c")],
+            &[("upgrade", "a\r\nb: c")],
+            &[("upgrade", "")],
+            &[("upgrade", "websocket"), ("content-length", "1")],
+        ];
+        for hostile in hostile {
+            let (written, _) = sent_on(&lines(hostile), Direction::Request).unwrap();
+            assert_eq!(written, pairs(&[]), "{hostile:?}");
+        }
+    }
+
+    #[test]
     fn a_response_keeps_its_lines() {
         let answer = [
             ("Set-Cookie", "a=1"),
@@ -1494,7 +1701,7 @@ mod tests {
             ("x-empty", ""),
             ("trailer", "x-sum"),
         ];
-        let lines = forward_response(fields(&answer)).unwrap();
+        let lines = forward_response(200, fields(&answer)).unwrap();
         assert_eq!(texts(&lines), pairs(&answer));
         let (arrived, _) = sent_on(&lines, Direction::Response).unwrap();
         assert_eq!(arrived, pairs(&answer));
@@ -1505,9 +1712,9 @@ mod tests {
         let long = "x".repeat(65_536);
         let lines = [("host", "a"), ("x-long", &*long)];
         let forwarding = Forwarding::new([1, 2, 3, 4].into(), false);
-        let refused = forward_request(fields(&lines), &forwarding, id);
+        let refused = forward_request(fields(&lines), &forwarding, false, id);
         assert_eq!(refused, Err(LineTooLong));
-        assert_eq!(forward_response(fields(&lines)), Err(LineTooLong));
+        assert_eq!(forward_response(200, fields(&lines)), Err(LineTooLong));
         assert_eq!(forward_trailers(fields(&lines)), Err(LineTooLong));
     }
 
@@ -1658,8 +1865,15 @@ mod tests {
             "x-[a-z0-9_-]{0,16}",
         ];
         let value = prop_oneof![
-            prop::sample::select(vec!["x-hop, close", "host, content-length", "trailers"])
-                .prop_map(str::to_owned),
+            prop::sample::select(vec![
+                "x-hop, close",
+                "host, content-length",
+                "trailers",
+                "upgrade",
+                "websocket",
+                "h2c, websocket/13,,",
+            ])
+            .prop_map(str::to_owned),
             "[ -~]{0,20}",
         ];
         let others = prop::collection::vec((name, value), 0..12);
@@ -1676,8 +1890,9 @@ mod tests {
         #[test]
         fn what_is_forwarded_is_unambiguous(sent in good_head(), trusted: bool, peer: IpAddr) {
             let sent: Vec<_> = sent.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
-            prop_assert_eq!(check(&sent), Ok(()));
-            let lines = forward_request(fields(&sent), &Forwarding::new(peer, trusted), id).unwrap();
+            let facts = check_request(b"POST", b"/", Version::Http11, fields(&sent)).unwrap();
+            let upgrade = facts.upgrades;
+            let lines = forward_request(fields(&sent), &Forwarding::new(peer, trusted), upgrade, id).unwrap();
             let (arrived, facts) = sent_on(&lines, Direction::Request).unwrap();
             let all = |name: &str| -> Vec<&str> {
                 let named = arrived.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name));
@@ -1691,7 +1906,10 @@ mod tests {
             let length = original("content-length").first().map(|value| value.parse().unwrap());
             prop_assert_eq!(facts.length, length);
             prop_assert!(all("transfer-encoding").is_empty());
-            prop_assert_eq!(all("connection").is_empty(), all("te").is_empty());
+            prop_assert_eq!(all("upgrade").len(), usize::from(upgrade));
+            prop_assert!(!upgrade || length.is_none() && original("transfer-encoding").is_empty());
+            let options = usize::from(!all("te").is_empty() || upgrade);
+            prop_assert_eq!(all("connection").len(), options);
             let forwarded_for = all("x-forwarded-for");
             prop_assert_eq!(forwarded_for.len(), 1);
             let peer = peer.to_canonical().to_string();

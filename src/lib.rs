@@ -10,7 +10,7 @@
 //!                                                         ║     ║
 //!  visitor ── HTTP/1 ─► :8100 ─┐                          ║     ║
 //!  visitor ── HTTP/1 ─► :8100 ─┼► exchanges ═ one stream ═╬═════╬═► agent ─ HTTP/1 ─► service
-//!  visitor ── HTTP/1 ─► :8101 ─┘            (gRPC, :9090) ║     ║
+//!  visitor ── HTTP/2 ─► :8101 ─┘            (gRPC, :9090) ║     ║
 //!  poller  ── HTTP/1 ─► :8080 (who is connected, where)   ║     ║
 //! ```
 //!
@@ -33,7 +33,8 @@
 //! 2. The connection's task finds the end of the head ([`http1::HeadScan`]) and takes it apart,
 //!    refuses what is ambiguous ([`headers::check_request`]), drops what belongs to one connection
 //!    only, adds where the request came from ([`headers::forward_request`]) and opens an exchange
-//!    ([`link::Link::open`]).
+//!    ([`link::Link::open`]). A connection that begins with the preface of HTTP/2 is h2's, and each
+//!    of its streams goes the same way with the same checks.
 //! 3. The exchange takes a slot in the session's slab; slab key and generation name it on the wire.
 //!    Its head waits for its turn in the session ([`mux::Session`]).
 //! 4. The stream's sender is woken. It takes whatever is ready, from all exchanges, as one batch
@@ -45,6 +46,12 @@
 //! A body streams: each piece is passed on as it comes, and is read from its source only while the
 //! other side has granted credit for it. So a visitor who stops reading stops his own service, and
 //! nobody else's.
+//!
+//! A request that offers another protocol (WebSocket) opens its exchange with a body to come, and
+//! what the visitor sends waits on the server. If the service agrees with a 101, both directions
+//! of the exchange carry bytes as they come, and the end of one is a FIN at the other end; no limit
+//! of time holds any more. With any other answer the request has ended with its head, and what has
+//! waited is the next request.
 //!
 //! # The life of a port
 //! ```text

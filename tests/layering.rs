@@ -110,6 +110,11 @@ const RESERVED: &[Reserved] = &[
         reason: "only `http1` names httparse: what it accepts is checked there",
     },
     Reserved {
+        name: "h2",
+        places: &["src/server/ingress/http2"],
+        reason: "only who serves visitors names h2: the rest knows heads and bodies",
+    },
+    Reserved {
         name: "hyper",
         places: &[
             HYPER_PLACES[0],

@@ -241,7 +241,7 @@ fn hello(agent: &Agent, shared: &Shared, last_port: u16) -> Hello {
         software: concat!("silo-proxy/", env!("CARGO_PKG_VERSION")).into(),
         labels: shared.config.agent.labels.clone(),
         last_port: last_port.into(),
-        ..Hello::default()
+        capabilities: vec![wire::UPGRADE.into()],
     }
 }
 

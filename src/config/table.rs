@@ -420,13 +420,13 @@ static SERVER: &[Setting] = &[
         "http.body_timeout",
         time(),
         "60s",
-        "Longest silence in the middle of a request's body. The body as a whole may take any time.",
+        "Longest silence in the middle of a request's body. The body as a whole may take any time. On a stream of HTTP/2 it counts until the answer has begun: after that, a client of gRPC may be silent for hours.",
     ),
     setting(
         "http.idle_timeout",
         time(),
         "75s",
-        "How long a connection is kept between two requests. Longer than the 60 s after which common load balancers close, so that they close first.",
+        "How long a connection is kept between two requests, in HTTP/2 without any. Longer than the 60 s after which common load balancers close, so that they close first.",
     ),
     setting(
         "http.send_timeout",
@@ -698,7 +698,7 @@ static AGENT: &[Setting] = &[
         "local.max_connections",
         count(1, 65_536),
         "256",
-        "Requests that the service gets at once; others wait in order. Small services do no better with more.",
+        "Requests that the service gets at once; others wait in order. Small services do no better with more. A connection that the service has upgraded (WebSocket) doesn't count any more.",
     ),
     unset(
         "local.tls.ca_file",

@@ -168,14 +168,14 @@ fn head(kind: Kind, limits: HeadLimits, head: &[u8]) -> Result<Message, End> {
             let first = First::Request(line.method.to_vec(), line.target.to_vec());
             let peer = Forwarding::new(IpAddr::V4(Ipv4Addr::LOCALHOST), false);
             let id = || RequestIds::new([7; 16]).next_id();
-            let lines = forward_request(fields.iter(), &peer, id).unwrap();
+            let lines = forward_request(fields.iter(), &peer, facts.upgrades, id).unwrap();
             Ok((first, lines, facts.framing))
         }),
         Kind::Answer | Kind::AnswerToHead => parse_response(head, limits.lines, |line, fields| {
             let to_head = kind == Kind::AnswerToHead;
             let facts = check_response(line.status, line.version, to_head, fields.iter())
                 .map_err(|_| End::Refused)?;
-            let lines = forward_response(fields.iter()).unwrap();
+            let lines = forward_response(line.status, fields.iter()).unwrap();
             Ok((First::Answer(line.status), lines, facts.framing))
         }),
     }

@@ -11,10 +11,11 @@ use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::io::AsyncWrite;
 
 use crate::ports::BindFailure;
@@ -63,6 +64,24 @@ fn lacks_ipv6(error: &io::Error) -> bool {
         Errno::from_io_error(error),
         Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL)
     )
+}
+
+/// How long a connection under [`keep_alive`] may be silent before the kernel asks the peer's host
+/// whether it is there, and how often it asks again without an answer: routers on the way forget
+/// silent connections after two minutes or more.
+const ASK_AFTER: Duration = Duration::from_secs(60);
+const ASK_AGAIN: Duration = Duration::from_secs(15);
+const ASK_TIMES: u32 = 4;
+
+/// Has the kernel look whether the peer's host is still there while nothing is sent; if it isn't,
+/// the connection breaks after two minutes. For connections that nothing else limits in time: a
+/// host that lost its power says no goodbye.
+pub fn keep_alive(socket: &tokio::net::TcpStream) -> io::Result<()> {
+    let keepalive = TcpKeepalive::new()
+        .with_time(ASK_AFTER)
+        .with_interval(ASK_AGAIN)
+        .with_retries(ASK_TIMES);
+    SockRef::from(socket).set_tcp_keepalive(&keepalive)
 }
 
 /// Writes parts in order, as many bytes as are taken; no parts at all count as none taken.
@@ -170,6 +189,22 @@ mod tests {
         assert_eq!(kind(Errno::ADDRNOTAVAIL), BindFailure::Other);
         let foreign = io::Error::other("no errno at all");
         assert_eq!(bind_failure(&foreign), BindFailure::Other);
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_asked_for_signs_of_life() {
+        let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .await
+            .unwrap();
+        let address = listener.local_addr().unwrap();
+        let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        assert!(!SockRef::from(&stream).keepalive().unwrap());
+        keep_alive(&stream).unwrap();
+        let socket = SockRef::from(&stream);
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), ASK_AFTER);
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), ASK_AGAIN);
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), ASK_TIMES);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //!            accept task                        worker threads, a one-thread runtime each
 //!   :9090 ─┐                     ┌─ Agents ───► HTTP/2 ─► session ─► registry.join ─► link
 //!   :8100 ─┼─► acceptor ─► route ┤                                                     │
-//!   :8101 ─┘        ▲            └─ Visitors ─► HTTP/1 ─► ingress ─► tenancy.link() ───┘
+//!   :8101 ─┘        ▲            └─ Visitors ─► HTTP/1 ─► ingress ─► tenancy.tunnel() ─┘
 //!                   │ bind, close
 //!               registry (allocator, members) ── each change ──► directory ◄── admin thread
 //! ```

@@ -44,6 +44,8 @@ pub(super) struct Applicant {
     pub session: Arc<Session>,
     /// The worker its tunnel lives on.
     pub worker: usize,
+    /// It knows what to do with a request that asks for another protocol.
+    pub upgrades: bool,
     /// Where it comes from.
     pub peer: SocketAddr,
     /// Its software, for people.
@@ -537,6 +539,7 @@ impl Registry {
             link: applicant.session.link().clone(),
             generation,
             worker: applicant.worker,
+            upgrades: applicant.upgrades,
         });
         self.routes.insert(port, tenancy.clone());
         if let Some(member) = older {

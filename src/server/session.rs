@@ -30,8 +30,8 @@ use crate::net::tls::PeerCertificate;
 use crate::ports;
 use crate::telemetry::{Told, Who, may_say};
 use crate::wire::{
-    AgentMessage, Hello, OLDEST_VERSION, Rejection, RejectionReason, ServerMessage, VERSION,
-    Welcome, tunnel_server,
+    AgentMessage, Hello, OLDEST_VERSION, Rejection, RejectionReason, ServerMessage, UPGRADE,
+    VERSION, Welcome, tunnel_server,
 };
 
 /// How long a session that has been replaced may finish its exchanges.
@@ -373,6 +373,7 @@ async fn welcome(
                 .filter(|port| *port != 0),
             session: session.clone(),
             worker: worker.index(),
+            upgrades: hello.capabilities.iter().any(|word| word == UPGRADE),
             peer: connection.peer,
             software: hello.software,
             labels: hello.labels,

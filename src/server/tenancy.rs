@@ -41,6 +41,8 @@ pub(super) struct Tunnel {
     pub generation: Generation,
     /// The worker it lives on.
     pub worker: usize,
+    /// The agent knows what to do with a request that asks for another protocol.
+    pub upgrades: bool,
 }
 
 impl std::fmt::Debug for Tunnel {
@@ -72,8 +74,8 @@ impl Tenancy {
     }
 
     /// The tunnel to open an exchange in, if the agent is connected.
-    pub(super) fn link(&self) -> Option<Link> {
-        self.lock().as_ref().map(|tunnel| tunnel.link.clone())
+    pub(super) fn tunnel(&self) -> Option<Tunnel> {
+        self.lock().clone()
     }
 
     /// The worker that serves new connections best.

@@ -34,6 +34,10 @@ pub const VERSION: u32 = 1;
 /// The oldest protocol version still spoken with.
 pub const OLDEST_VERSION: u32 = 1;
 
+/// The capability of an agent that hands a request's Upgrade line to its service and passes on
+/// what follows a 101. To others the server sends no such line.
+pub const UPGRADE: &str = "upgrade";
+
 /// The largest message accepted, in bytes.
 ///
 /// Batches aim for [`mux::BATCH_BYTES`] and end with the frame that goes over it, so a message is

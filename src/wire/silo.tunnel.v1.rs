@@ -41,6 +41,8 @@ pub struct Hello {
     /// The agent's software and its version, for people.
     #[prost(string, tag = "5")]
     pub software: ::prost::alloc::string::String,
+    /// What the agent can do beyond its version. `upgrade`: it knows what an Upgrade line of a request
+    /// asks for, and carries bytes after a 101.
     #[prost(string, repeated, tag = "6")]
     pub capabilities: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// What the agent says of itself, for people: at most 32, names and values of at most 128 bytes.
@@ -210,7 +212,8 @@ pub struct Open {
     #[prost(uint32, tag = "6")]
     pub credit: u32,
 }
-/// The final answer. Agent to server.
+/// The final answer. Agent to server. After a 101 the bodies of both directions are the bytes of the
+/// protocol that the service has chosen; before it, the server sends none of them.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Answer {
     #[prost(uint32, tag = "1")]

@@ -94,6 +94,18 @@ impl Connection {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
+    /// Tells the service that nothing follows on what was written. It may go on sending.
+    pub(super) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    /// Has the kernel look whether the service's host is still there while the connection is
+    /// idle.
+    pub(super) fn keep_alive(&self) {
+        // Without it the connection works as well.
+        let _ = net::keep_alive(self.socket());
+    }
+
     /// Waits for the service to close the connection, while nothing is asked of it. Whatever it
     /// sends then is no answer to anything: it counts as closing.
     pub(super) fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<()> {

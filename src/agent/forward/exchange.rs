@@ -8,14 +8,14 @@ use futures_util::future::{Either, poll_fn, select};
 use tracing::debug;
 
 use crate::head::{RequestHead, ResponseHead};
-use crate::headers::{check_response, forward_response};
+use crate::headers::{check_response, forward_response, goes_on_as_offered, offered};
 use crate::http1::{BodyDecoder, HeadLimits, HeadScan, Piece, parse_response};
 use crate::link::Exchange;
 use crate::mux::Reason;
 
 use super::connection::Connection;
 use super::request::{Broken, InvalidRequest, Upload};
-use super::{Task, Worker};
+use super::{Task, Worker, upgraded};
 
 /// How large an answer's head may be: as much as the tunnel carries.
 const HEAD_LIMITS: HeadLimits = HeadLimits {
@@ -25,12 +25,14 @@ const HEAD_LIMITS: HeadLimits = HeadLimits {
 };
 
 /// How much of a request waits for the service before the visitor is asked for more.
-const WRITE_AHEAD: usize = 64 * 1024;
+pub(super) const WRITE_AHEAD: usize = 64 * 1024;
 
 /// How one try to have a request answered ended.
 enum Attempt {
     /// The answer is complete.
     Answered { reusable: bool },
+    /// The service goes on with another protocol, as it was asked to; its 101 is on its way.
+    Upgraded,
     /// The exchange has ended otherwise; the service sees that by the end of its connection.
     Ended,
     /// The connection broke before a byte of an answer.
@@ -43,7 +45,7 @@ enum Attempt {
 /// Forwards one exchange, if possible over `connection`, and gives the connection back if it can
 /// be used again.
 pub(super) async fn forward(
-    worker: &Worker,
+    worker: &mut Worker,
     connection: Option<Box<Connection>>,
     task: Task,
 ) -> Option<Box<Connection>> {
@@ -70,6 +72,11 @@ pub(super) async fn forward(
         let mut answer = Answer::new(&exchange, &head);
         match poll_fn(|cx| answer.poll(worker, &mut connection, &mut upload, cx)).await {
             Attempt::Answered { reusable } => return reusable.then_some(connection),
+            Attempt::Upgraded => {
+                worker.step_aside();
+                upgraded::carry(&exchange, connection, upload.into_waiting()).await;
+                return None;
+            }
             Attempt::Ended => {
                 connection.cut();
                 return None;
@@ -132,7 +139,7 @@ async fn open(worker: &Worker, exchange: &Exchange) -> Option<Box<Connection>> {
 /// A request on its way and its answer: both directions of a connection, driven by one task.
 struct Answer<'a> {
     exchange: &'a Exchange,
-    to_head: bool,
+    request: &'a RequestHead,
     stage: Stage,
     /// The service has taken something of the request.
     written: bool,
@@ -152,10 +159,10 @@ enum Stage {
 }
 
 impl<'a> Answer<'a> {
-    fn new(exchange: &'a Exchange, head: &RequestHead) -> Self {
+    fn new(exchange: &'a Exchange, request: &'a RequestHead) -> Self {
         Self {
             exchange,
-            to_head: head.method == b"HEAD"[..],
+            request,
             stage: Stage::Head(HeadScan::default()),
             written: false,
             refused: false,
@@ -281,12 +288,13 @@ impl<'a> Answer<'a> {
         upload: &mut Upload,
         end: usize,
     ) -> Option<Attempt> {
-        let to_head = self.to_head;
+        let to_head = self.request.method == b"HEAD"[..];
         let head = &connection.received()[..end];
         let parsed = parse_response(head, HEAD_LIMITS.lines, |line, fields| {
             let facts = check_response(line.status, line.version, to_head, fields.iter())
                 .map_err(|error| error.to_string())?;
-            let lines = forward_response(fields.iter()).map_err(|error| error.to_string())?;
+            let lines =
+                forward_response(line.status, fields.iter()).map_err(|error| error.to_string())?;
             let head = ResponseHead {
                 status: line.status,
                 lines,
@@ -302,7 +310,14 @@ impl<'a> Answer<'a> {
         };
         connection.consume(end);
         match head.status {
-            101 => return Some(self.fail("another protocol, which nobody has asked for")),
+            101 if !self.is_asked_for(&head) => {
+                return Some(self.fail("another protocol, which nobody has asked for"));
+            }
+            101 => {
+                worker.deadline.clear();
+                self.exchange.answer(head);
+                return Some(Attempt::Upgraded);
+            }
             100..=199 => {
                 if head.status == 100 {
                     upload.go_ahead();
@@ -319,6 +334,11 @@ impl<'a> Answer<'a> {
             }
         }
         None
+    }
+
+    /// Whether a 101 goes on with what the visitor has offered.
+    fn is_asked_for(&self, head: &ResponseHead) -> bool {
+        offered(&self.request.lines).is_some_and(|offer| goes_on_as_offered(offer, &head.lines))
     }
 
     /// Passes the answer's body on.

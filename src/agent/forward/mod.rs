@@ -3,12 +3,14 @@
 //! Each connection to the service has one task, its *worker*, which drives the connection and the
 //! exchange that it carries, so that nothing is handed from task to task on the way of a request.
 //! A worker whose exchange is done takes the next one that waits, else it lies down on top of a
-//! stack: the one that lay down last is called first, and those below grow old and leave.
+//! stack: the one that lay down last is called first, and those below grow old and leave. A worker
+//! whose connection is upgraded carries bytes until that ends, and doesn't count any more.
 
 mod connection;
 mod exchange;
 mod request;
 mod service;
+mod upgraded;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -333,7 +335,7 @@ impl Entry {
 /// The task of one connection to the service.
 struct Worker {
     shared: Arc<Shared>,
-    /// Where its entry is, until it has left.
+    /// Where its entry is, until it has left or stepped aside.
     index: Option<usize>,
     deadline: Arc<Deadline>,
 }
@@ -354,7 +356,7 @@ impl Worker {
         let mut connection = None;
         let mut next = Some(first);
         while let Some(task) = next {
-            connection = exchange::forward(&self, connection, task).await;
+            connection = exchange::forward(&mut self, connection, task).await;
             self.deadline.clear();
             next = match self.next(connection.is_some()) {
                 Next::Task(task) => Some(task),
@@ -375,8 +377,25 @@ impl Worker {
         self.deadline.set(self.shared.now() + limits.response);
     }
 
+    /// Gives its turn to the next exchange that waits: what this worker has to carry is no request
+    /// any more, and may go on for days.
+    fn step_aside(&mut self) {
+        let Some(index) = self.index.take() else {
+            return;
+        };
+        let mut state = self.shared.lock();
+        state.workers.try_remove(index);
+        if let Some(next) = state.waiting.pop_front() {
+            self.shared.employ(state, next.task);
+        }
+    }
+
     /// What a worker does that has done its task.
     fn next(&mut self, connected: bool) -> Next {
+        if self.index.is_none() {
+            // It has stepped aside.
+            return Next::Leave;
+        }
         let shared = self.shared.clone();
         let mut state = shared.lock();
         if connected

@@ -5,7 +5,7 @@ use std::task::{Context, Poll};
 use thiserror::Error;
 
 use crate::head::RequestHead;
-use crate::headers::{Direction, InvalidLines, LineFacts, is_target, is_token, sendable};
+use crate::headers::{Direction, InvalidLines, LineFacts, is_target, is_token, offered, sendable};
 use crate::http1::{
     Outgoing, write_chunk_head, write_last_chunk, write_length, write_line, write_request_line,
 };
@@ -23,6 +23,8 @@ pub(super) enum InvalidRequest {
     Lines(#[from] InvalidLines),
     #[error("a length is declared for a body that isn't there")]
     Length,
+    #[error("it offers another protocol and brings bytes of it before the service's word")]
+    Early,
 }
 
 /// Why a request can't be sent to its end.
@@ -66,6 +68,12 @@ impl Upload {
     ) -> Result<Self, InvalidRequest> {
         let first = match exchange.poll_read(cx) {
             Poll::Ready(Read::End(None)) => return Self::bodiless(service, head),
+            // What the visitor's side still sends belongs to another protocol, once the service
+            // has agreed upon one.
+            Poll::Ready(Read::Data(_)) if offered(&head.lines).is_some() => {
+                return Err(InvalidRequest::Early);
+            }
+            _ if offered(&head.lines).is_some() => return Self::bodiless(service, head),
             // A reset is found again by the next read.
             Poll::Ready(Read::Reset(_) | Read::Pending) | Poll::Pending => None,
             Poll::Ready(read) => Some(read),
@@ -130,6 +138,11 @@ impl Upload {
     /// What waits for the service to take it.
     pub(super) fn waiting(&mut self) -> &mut Outgoing {
         &mut self.out
+    }
+
+    /// The same, when nothing else is left of the request.
+    pub(super) fn into_waiting(self) -> Outgoing {
+        self.out
     }
 
     /// Whether the service is to say that it wants the body.

@@ -2,6 +2,7 @@
 
 mod forwarding;
 mod sessions;
+mod upgrades;
 
 use std::collections::BTreeMap;
 use std::future::Future;

@@ -9,7 +9,10 @@
 //!
 //! While an answer is awaited the connection is read on, up to a bound: the visitor's leaving is
 //! seen, and pipelined requests wait here for their turn. Before the answer is complete, the
-//! visitor's FIN counts as leaving.
+//! visitor's FIN counts as leaving. After a 101 it is the end of his direction and no more: see
+//! [`upgraded`].
+
+mod upgraded;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -25,6 +28,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tracing::{debug, warn};
 
+use super::http2::{self, Caller};
 use super::place::{Order, Place};
 use super::record::Record;
 use super::reply::{Asked, Reply};
@@ -32,7 +36,7 @@ use crate::config::HttpConfig;
 use crate::cors::{Grant, Preflight, Verdict};
 use crate::head::{RequestHead, ResponseHead};
 use crate::headers::{
-    Forwarding, Framing, Refusal, RequestFacts, Version, check_request, forward_request,
+    Forwarding, Framing, Refusal, RequestFacts, Version, check_request, forward_request, offered,
 };
 use crate::http1::{
     BodyDecoder, Fields, HeadLimits, HeadScan, Malformed, Outgoing, Piece, RequestLine, TooLarge,
@@ -53,7 +57,7 @@ use crate::telemetry::{Told, Who, may_say};
 const DRAIN_LIMIT: usize = 64 * 1024;
 
 /// How long a visitor may go on sending what nobody wants, so that he finds the answer.
-const LINGER: Duration = Duration::from_secs(2);
+pub(super) const LINGER: Duration = Duration::from_secs(2);
 
 /// How much is asked for at once to begin with: more than most heads.
 const SMALL_READ: usize = 4 * 1024;
@@ -124,6 +128,8 @@ struct Visitor {
     read_size: usize,
     /// What waits for the visitor to take it.
     out: Outgoing,
+    /// No request has come yet, so what comes may be HTTP/2.
+    is_fresh: bool,
 }
 
 /// How large a request may be.
@@ -161,6 +167,8 @@ enum Over {
     Left,
     /// The worker's sweep wants it so.
     Cut,
+    /// For HTTP/1: the visitor speaks HTTP/2.
+    Http2,
     /// The answer broke off. What came of it has been written.
     BrokenOff {
         /// Only a reset tells the visitor.
@@ -192,6 +200,7 @@ impl Visitor {
             input: BytesMut::new(),
             read_size: SMALL_READ,
             out: Outgoing::default(),
+            is_fresh: true,
         }
     }
 
@@ -201,6 +210,16 @@ impl Visitor {
                 break over;
             }
         };
+        if let Over::Http2 = over {
+            let caller = Caller {
+                peer: self.peer,
+                place: self.place,
+                forwarding: self.forwarding,
+                is_trusted: self.is_trusted,
+            };
+            // In a box, as few connections need the room.
+            return Box::pin(http2::serve(self.stream, self.input, caller)).await;
+        }
         let port = self.place.tenancy.port;
         debug!(peer = %self.peer, port, ?over, "visitor's connection ended");
         match over {
@@ -209,7 +228,11 @@ impl Visitor {
                 // If that fails the connection is broken already, which tells as much.
                 let _ = self.stream.set_zero_linger();
             }
-            Over::Closed | Over::Left | Over::Cut | Over::BrokenOff { reset: false } => {}
+            Over::Closed
+            | Over::Left
+            | Over::Cut
+            | Over::BrokenOff { reset: false }
+            | Over::Http2 => {}
         }
     }
 
@@ -217,6 +240,7 @@ impl Visitor {
     async fn next_request(&mut self) -> Result<(), Over> {
         let mut scan = None;
         let head = poll_fn(|cx| self.poll_head(&mut scan, cx)).await?;
+        self.is_fresh = false;
         self.place.exchange_begins();
         let mut serving = match head {
             Ok(end) => {
@@ -255,6 +279,11 @@ impl Visitor {
                 // An idle connection holds no buffers.
                 self.input = BytesMut::new();
                 self.out.shrink();
+            } else if self.is_fresh && http2::may_begin(&self.input) {
+                if http2::begins(&self.input) {
+                    return Poll::Ready(Err(Over::Http2));
+                }
+                self.place.head_begins();
             } else {
                 let scan = scan.get_or_insert_with(|| {
                     self.limits = Limits::of(&self.place.worker.shared().config().http);
@@ -376,6 +405,8 @@ struct Serving {
     received: u64,
     /// None once the server answers itself.
     exchange: Option<Exchange>,
+    /// The protocols that the visitor offers to go on with, until the service has chosen or not.
+    offer: Option<Box<[u8]>>,
     /// None while the answer's head is awaited.
     reply: Option<Reply>,
     /// The answer broke off; what came of it is still to be written.
@@ -399,6 +430,21 @@ enum Upload {
     Abandoned,
     /// It has been taken whole, or there is none.
     Complete,
+    /// The connection is upgraded, and carries bytes.
+    Upgraded(Flow),
+}
+
+/// Which way bytes still go on an upgraded connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    /// Both ways.
+    Both,
+    /// To the service: it has ended its direction, and the visitor has been told.
+    ToService,
+    /// To the visitor: he has ended his direction, and the service is told.
+    ToVisitor,
+    /// To the visitor, and the service takes no more.
+    Refused,
 }
 
 /// A request of which nothing is known, and after which nothing can be.
@@ -421,7 +467,12 @@ impl Serving {
             asked.version = line.version;
             asked.to_head = line.method == b"HEAD";
             if let Some(record) = &mut record {
-                record.asked(line, fields, visitor.is_trusted);
+                let protocol = match line.version {
+                    Version::Http10 => "HTTP/1.0",
+                    Version::Http11 => "HTTP/1.1",
+                };
+                let (method, target) = (line.method, line.target);
+                record.asked(protocol, method, target, fields.iter(), visitor.is_trusted);
             }
             if let Some(verdict) = visitor.judge(line, fields) {
                 grant = Some(verdict.grant);
@@ -446,7 +497,11 @@ impl Serving {
         serving.grant = grant;
         match (opened, preflight) {
             (Ok(_), Some(preflight)) => serving.answer_preflight(visitor, &preflight),
-            (Ok(exchange), None) => serving.exchange = exchange,
+            (Ok(Some(opened)), None) => {
+                serving.exchange = Some(opened.exchange);
+                serving.offer = opened.offer;
+            }
+            (Ok(None), None) => {}
             (Err(fault), _) => serving.fail(visitor, fault),
         }
         serving
@@ -473,6 +528,7 @@ impl Serving {
             body: BodyDecoder::new(framing),
             received: 0,
             exchange: None,
+            offer: None,
             reply: None,
             broken_off: false,
             grant: None,
@@ -486,7 +542,7 @@ impl Serving {
         visitor.place.watched.task.register(cx.waker());
         loop {
             if visitor.place.watched.ordered() == Order::Cut {
-                return Poll::Ready(Err(self.cut()));
+                return Poll::Ready(Err(self.cut(visitor)));
             }
             let mut moved = self.poll_upload(visitor, cx)?;
             moved |= self.poll_answer(visitor, cx);
@@ -524,6 +580,7 @@ impl Serving {
             }
             Upload::Sending => self.poll_send(visitor, cx)?,
             Upload::Draining { left } => self.poll_drain(visitor, left, cx)?,
+            Upload::Upgraded(flow) => return self.poll_upgraded(visitor, flow, cx),
         };
         if !matches!(self.upload, Upload::Sending | Upload::Draining { .. }) {
             visitor.place.reading(false);
@@ -699,11 +756,15 @@ impl Serving {
     fn take_head(&mut self, visitor: &mut Visitor, head: HeadRead) {
         match head {
             HeadRead::Interim(head) => self.pass_interim(visitor, &head),
-            // The agent passed on what no visitor may see.
-            HeadRead::Answer(head) if head.status < 200 => {
-                self.fail(visitor, Fault::UpstreamError);
-            }
+            HeadRead::Answer(head) if head.status < 200 => self.upgrade(visitor, &head),
             HeadRead::Answer(head) => {
+                if self.offer.take().is_some()
+                    && let Some(exchange) = &self.exchange
+                {
+                    // The request ends with its head after all. What has come behind it is the
+                    // next one.
+                    exchange.finish(None);
+                }
                 // Whether a visitor who was never told to go on still sends his body isn't known.
                 let persistent =
                     self.upload != Upload::Held && visitor.place.watched.ordered() == Order::None;
@@ -724,7 +785,7 @@ impl Serving {
     fn pass_interim(&mut self, visitor: &mut Visitor, head: &ResponseHead) {
         match (head.status, self.asked.version) {
             (100, _) if self.upload == Upload::Held => self.upload = Upload::Sending,
-            // Nobody waits for it; and nobody has asked for another protocol.
+            // Nobody waits for it; and a 101 is no interim answer here.
             (100 | 101, _) => return,
             // HTTP/1.0 knows none (RFC 9110, section 15.2).
             (_, Version::Http10) => return,
@@ -812,6 +873,9 @@ impl Serving {
         if !self.is_answered() {
             return None;
         }
+        if let Upload::Upgraded(flow) = self.upload {
+            return self.service_ended(visitor, flow).err().map(Err);
+        }
         let winds_down = visitor.place.watched.ordered() != Order::None;
         let persistent = reply.persistent && !winds_down;
         match self.upload {
@@ -833,12 +897,21 @@ impl Serving {
     }
 
     /// How a connection ends that the sweep cuts.
-    fn cut(&self) -> Over {
+    fn cut(&mut self, visitor: &Visitor) -> Over {
         match &self.reply {
-            Some(reply) if reply.ends_by_close() => Over::BrokenOff { reset: true },
+            Some(reply) if reply.ends_by_close() => {
+                self.failed(visitor, Failure::VisitorLeft);
+                Over::BrokenOff { reset: true }
+            }
             _ => Over::Cut,
         }
     }
+}
+
+/// An exchange, and what the visitor offers in it.
+pub(super) struct Opened {
+    pub(super) exchange: Exchange,
+    offer: Option<Box<[u8]>>,
 }
 
 impl Visitor {
@@ -856,41 +929,71 @@ impl Visitor {
         fields: Fields<'_>,
         facts: RequestFacts,
         record: &mut Option<Box<Record>>,
-    ) -> Result<Exchange, Fault> {
+    ) -> Result<Opened, Fault> {
         if let Framing::Length(length) = facts.framing
             && self.limits.is_too_large(length)
         {
             return Err(Fault::BodyTooLarge);
         }
-        let has_body = facts.framing != Framing::Length(0);
-        let mut attempt = || -> Result<Exchange, Fault> {
-            let request_id = || {
-                let id = self.place.worker.request_id();
-                if let Some(record) = record {
-                    record.made_id = Some(id.as_str().into());
-                }
-                id
-            };
-            // RFC 9110, section 10.1.1: in HTTP/1.0 it means nothing.
-            let passed = |(name, _): &(&[u8], _)| {
-                line.version == Version::Http11 || !name.eq_ignore_ascii_case(b"expect")
-            };
-            let fields = fields.iter().filter(passed);
-            let lines = forward_request(fields, &self.forwarding, request_id)
-                .map_err(|_| Fault::HeadTooLarge)?;
-            let head = RequestHead {
-                method: method_bytes(line.method),
-                target: Bytes::copy_from_slice(line.target),
-                lines,
-            };
-            let link = self.place.tenancy.link().ok_or(Fault::AgentOffline)?;
-            Ok(link.open(head, has_body)?)
+        // RFC 9110, section 10.1.1: in HTTP/1.0 it means nothing.
+        let passed = |(name, _): &(&[u8], _)| {
+            line.version == Version::Http11 || !name.eq_ignore_ascii_case(b"expect")
         };
-        match attempt() {
-            // A newer session may have taken over just then.
-            Err(Fault::AgentOffline | Fault::TunnelLost) => attempt(),
-            outcome => outcome,
-        }
+        let request = Request {
+            method: line.method,
+            target: line.target,
+            has_body: facts.framing != Framing::Length(0),
+            upgrades: facts.upgrades,
+        };
+        let fields = fields.iter().filter(passed);
+        open_exchange(&self.place, &self.forwarding, request, fields, record)
+    }
+}
+
+/// A request that has been found good, without its header lines.
+pub(super) struct Request<'a> {
+    pub(super) method: &'a [u8],
+    pub(super) target: &'a [u8],
+    pub(super) has_body: bool,
+    /// It offers other protocols, which are passed on if the agent knows what to do with them.
+    pub(super) upgrades: bool,
+}
+
+/// Opens an exchange for a request in the tunnel that its tenancy has now.
+pub(super) fn open_exchange<'a>(
+    place: &Place,
+    forwarding: &Forwarding,
+    request: Request<'_>,
+    fields: impl Iterator<Item = (&'a [u8], &'a [u8])> + Clone,
+    record: &mut Option<Box<Record>>,
+) -> Result<Opened, Fault> {
+    let mut attempt = || -> Result<Opened, Fault> {
+        let tunnel = place.tenancy.tunnel().ok_or(Fault::AgentOffline)?;
+        let upgrades = request.upgrades && tunnel.upgrades;
+        let request_id = || {
+            let id = place.worker.request_id();
+            if let Some(record) = record {
+                record.made_id = Some(id.as_str().into());
+            }
+            id
+        };
+        let lines = forward_request(fields.clone(), forwarding, upgrades, request_id)
+            .map_err(|_| Fault::HeadTooLarge)?;
+        let offer = upgrades.then(|| offered(&lines).map(Box::from)).flatten();
+        let head = RequestHead {
+            method: method_bytes(request.method),
+            target: Bytes::copy_from_slice(request.target),
+            lines,
+        };
+        // Bytes of another protocol may follow.
+        let has_body = request.has_body || offer.is_some();
+        let exchange = tunnel.link.open(head, has_body)?;
+        Ok(Opened { exchange, offer })
+    };
+    match attempt() {
+        // A newer session may have taken over just then.
+        Err(Fault::AgentOffline | Fault::TunnelLost) => attempt(),
+        outcome => outcome,
     }
 }
 

@@ -4,8 +4,10 @@
 //! carries bodies both ways without handing anything to another task. What it waits for, and since
 //! when, it notes in [`Watched`], where the worker's sweep looks for limits of time. An answer is
 //! put into bytes by [`reply`], and what became of a request goes to the access log by [`record`].
+//! Who speaks HTTP/2 from the first byte on is served by [`http2`], one exchange a stream.
 
 mod connection;
+mod http2;
 mod place;
 mod record;
 mod reply;

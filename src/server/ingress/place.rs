@@ -77,30 +77,46 @@ impl Place {
     /// A request is being served, until [`Place::exchange_ends`].
     pub(super) fn exchange_begins(&mut self) {
         self.serves = true;
-        let metrics = self.worker.metrics();
-        metrics.requests.inc();
-        metrics.exchanges_open.inc();
-        self.tenancy.stats.requests.inc();
-        self.tenancy.stats.exchanges_open.inc();
+        count_begin(&self.worker, &self.tenancy);
         self.watched.enter(Phase::Exchange, self.worker.now());
     }
 
     /// The request has been served, or not.
     pub(super) fn exchange_ends(&mut self) {
         self.serves = false;
-        self.worker.metrics().exchanges_open.dec();
-        self.tenancy.stats.exchanges_open.dec();
+        count_end(&self.worker, &self.tenancy);
         self.watched.enter(Phase::Idle, self.worker.now());
     }
 
-    /// Whether bytes of a body are awaited. Bytes that came begin the time anew.
-    pub(super) fn reading(&self, awaited: bool) {
-        since(&self.watched.reading_since, awaited, self.worker.now());
+    /// No request is being served, on a connection that serves several at once.
+    pub(super) fn rests(&self) {
+        if self.watched.phase() != Phase::Idle {
+            self.watched.enter(Phase::Idle, self.worker.now());
+        }
     }
 
-    /// Whether bytes wait for the visitor to take them. Bytes he took begin the time anew.
+    /// One request of several begins that the connection serves at once.
+    pub(super) fn part_begins(&self) -> Part {
+        count_begin(&self.worker, &self.tenancy);
+        self.watched.enter(Phase::Exchange, self.worker.now());
+        let watched = Watched::new(self.tenancy.clone(), self.worker.now());
+        watched.enter(Phase::Exchange, self.worker.now());
+        Part {
+            key: self.worker.watch(watched.clone()),
+            worker: self.worker.clone(),
+            tenancy: self.tenancy.clone(),
+            watched,
+        }
+    }
+
+    /// See [`Watched::reading`].
+    pub(super) fn reading(&self, awaited: bool) {
+        self.watched.reading(awaited, self.worker.now());
+    }
+
+    /// See [`Watched::writing`].
     pub(super) fn writing(&self, blocked: bool) {
-        since(&self.watched.writing_since, blocked, self.worker.now());
+        self.watched.writing(blocked, self.worker.now());
     }
 
     /// Counts bytes of a request's body.
@@ -125,6 +141,47 @@ impl Place {
     pub(super) fn failed(&self, failure: Failure) {
         self.worker.metrics().failures.inc(failure);
     }
+}
+
+/// One request of several that a connection serves at once, and what it waits for: the sweep looks
+/// at each apart from the others. It counts as under way until it is dropped.
+pub(super) struct Part {
+    pub(super) worker: Arc<Worker>,
+    tenancy: Arc<Tenancy>,
+    pub(super) watched: Arc<Watched>,
+    key: usize,
+}
+
+impl Part {
+    /// See [`Watched::reading`].
+    pub(super) fn reading(&self, awaited: bool) {
+        self.watched.reading(awaited, self.worker.now());
+    }
+
+    /// See [`Watched::writing`].
+    pub(super) fn writing(&self, blocked: bool) {
+        self.watched.writing(blocked, self.worker.now());
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        self.worker.unwatch(self.key);
+        count_end(&self.worker, &self.tenancy);
+    }
+}
+
+fn count_begin(worker: &Worker, tenancy: &Tenancy) {
+    let metrics = worker.metrics();
+    metrics.requests.inc();
+    metrics.exchanges_open.inc();
+    tenancy.stats.requests.inc();
+    tenancy.stats.exchanges_open.inc();
+}
+
+fn count_end(worker: &Worker, tenancy: &Tenancy) {
+    worker.metrics().exchanges_open.dec();
+    tenancy.stats.exchanges_open.dec();
 }
 
 /// Notes since when something is waited for, or that it isn't.
@@ -240,6 +297,23 @@ impl Watched {
     fn enter(&self, phase: Phase, now: u32) {
         self.phase.store(phase as u8, Relaxed);
         self.phase_since.store(now, Relaxed);
+    }
+
+    /// Whether bytes of a body are awaited. Bytes that came begin the time anew.
+    fn reading(&self, awaited: bool, now: u32) {
+        since(&self.reading_since, awaited, now);
+    }
+
+    /// Whether bytes wait for the visitor to take them. Bytes he took begin the time anew.
+    fn writing(&self, blocked: bool, now: u32) {
+        since(&self.writing_since, blocked, now);
+    }
+
+    /// The visitor has taken bytes: if more wait, the time begins anew.
+    pub(super) fn took(&self, now: u32) {
+        if self.writing_since.load(Relaxed) != 0 {
+            self.writing_since.store(now, Relaxed);
+        }
     }
 
     fn phase(&self) -> Phase {

@@ -4,8 +4,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use crate::headers::Version;
-use crate::http1::{Fields, RequestLine};
 use crate::metrics::Failure;
 use crate::server::access::Entry;
 use crate::server::tenancy::Tenancy;
@@ -40,7 +38,7 @@ pub(super) struct Record {
 struct Request {
     method: Box<[u8]>,
     path: Option<Box<[u8]>>,
-    version: Version,
+    protocol: &'static str,
     forwarded_for: Option<Box<[u8]>>,
     id: Option<Box<[u8]>>,
 }
@@ -66,15 +64,23 @@ impl Record {
     }
 
     /// Notes what was asked. A proxy that `is_trusted` is believed where the request came from.
-    pub(super) fn asked(&mut self, line: RequestLine<'_>, fields: Fields<'_>, is_trusted: bool) {
+    pub(super) fn asked<'a>(
+        &mut self,
+        protocol: &'static str,
+        method: &[u8],
+        target: &[u8],
+        fields: impl Iterator<Item = (&'a [u8], &'a [u8])> + Clone,
+        is_trusted: bool,
+    ) {
         let last = |name: &[u8]| {
-            let named = fields.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name));
+            let fields = fields.clone();
+            let named = fields.filter(|(n, _)| n.eq_ignore_ascii_case(name));
             named.last().map(|(_, value)| Box::from(value))
         };
         self.request = Some(Request {
-            method: line.method.into(),
-            path: path_of(line.target).map(Box::from),
-            version: line.version,
+            method: method.into(),
+            path: path_of(target).map(Box::from),
+            protocol,
             forwarded_for: is_trusted.then(|| last(b"x-forwarded-for")).flatten(),
             id: last(b"x-request-id"),
         });
@@ -96,10 +102,7 @@ impl Drop for Record {
             port: self.tenancy.port,
             method: request.map(|request| &*request.method),
             path: request.and_then(|request| request.path.as_deref()),
-            protocol: request.map(|request| match request.version {
-                Version::Http10 => "HTTP/1.0",
-                Version::Http11 => "HTTP/1.1",
-            }),
+            protocol: request.map(|request| request.protocol),
             status: self.status,
             bytes_in: self.received,
             bytes_out: self.sent,

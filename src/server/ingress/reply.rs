@@ -4,7 +4,7 @@ use bytes::BytesMut;
 
 use crate::cors::{self, Additions, Grant};
 use crate::head::ResponseHead;
-use crate::headers::{Direction, InvalidLines, Version, sendable};
+use crate::headers::{Direction, InvalidLines, LineFacts, Version, offered, sendable};
 use crate::http1::{
     Outgoing, write_chunk_head, write_last_chunk, write_length, write_line, write_status_line,
 };
@@ -57,20 +57,7 @@ impl Reply {
         grant: Option<&Grant>,
     ) -> Result<Self, InvalidLines> {
         let out = out.text();
-        out.reserve(head.size() + ROOM);
-        let before = out.len();
-        write_status_line(out, asked.version, head.status);
-        let mut additions = grant.map(Additions::new);
-        let written = sendable(&head.lines, Direction::Response, |name, value| {
-            write_line(out, name, value);
-            if let Some(additions) = &mut additions {
-                additions.see(name, value);
-            }
-        });
-        let facts = written.inspect_err(|_| out.truncate(before))?;
-        for (name, value) in additions.into_iter().flat_map(Additions::into_lines) {
-            write_line(out, name.as_bytes(), value);
-        }
+        let facts = write_lines(out, asked.version, head, grant)?;
         // RFC 9110, section 8.6: a 204 has no length, a 304 the one that a 200 would have.
         if let (Some(length), true) = (facts.length, head.status != 204) {
             write_length(out, length);
@@ -85,10 +72,32 @@ impl Reply {
             (None, Version::Http10) => Body::UntilClose,
         };
         let persistent = asked.persistent && body != Body::UntilClose;
+        if head.status == 426 {
+            // RFC 9110, section 15.5.22: it says what it requires.
+            write_upgrade(out, head);
+        }
         end_head(out, asked.version, persistent);
         Ok(Self {
             body,
             persistent,
+            body_bytes: 0,
+        })
+    }
+
+    /// Appends the head of a 101 to `out`, with the lines that a `grant` adds; nothing if it can't
+    /// be passed on. What follows is passed on as it comes.
+    pub(super) fn upgrade(
+        out: &mut Outgoing,
+        head: &ResponseHead,
+        grant: Option<&Grant>,
+    ) -> Result<Self, InvalidLines> {
+        let out = out.text();
+        write_lines(out, Version::Http11, head, grant)?;
+        write_upgrade(out, head);
+        out.extend_from_slice(b"\r\n");
+        Ok(Self {
+            body: Body::UntilClose,
+            persistent: false,
             body_bytes: 0,
         })
     }
@@ -192,6 +201,39 @@ impl Reply {
             (Read::Data(_) | Read::Reset(_) | Read::Pending, _) => {}
         }
         Ok(())
+    }
+}
+
+/// The status line and the header lines of a service's answer, without those that frame it;
+/// nothing if they can't be passed on.
+fn write_lines(
+    out: &mut BytesMut,
+    version: Version,
+    head: &ResponseHead,
+    grant: Option<&Grant>,
+) -> Result<LineFacts, InvalidLines> {
+    out.reserve(head.size() + ROOM);
+    let before = out.len();
+    write_status_line(out, version, head.status);
+    let mut additions = grant.map(Additions::new);
+    let written = sendable(&head.lines, Direction::Response, |name, value| {
+        write_line(out, name, value);
+        if let Some(additions) = &mut additions {
+            additions.see(name, value);
+        }
+    });
+    let facts = written.inspect_err(|_| out.truncate(before))?;
+    for (name, value) in additions.into_iter().flat_map(Additions::into_lines) {
+        write_line(out, name.as_bytes(), value);
+    }
+    Ok(facts)
+}
+
+/// The protocols that an answer speaks of, with the line that says for whom that is.
+fn write_upgrade(out: &mut BytesMut, head: &ResponseHead) {
+    if let Some(protocols) = offered(&head.lines) {
+        write_line(out, b"upgrade", protocols);
+        write_line(out, b"connection", b"upgrade");
     }
 }
 
