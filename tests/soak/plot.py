@@ -7,7 +7,7 @@ from xml.sax.saxutils import escape
 
 COLOURS = ["#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#bf3989", "#57606a", "#0598bc"]
 WIDTH, LEFT, RIGHT = 960, 60, 160
-PANEL, GAP, TOP = 170, 46, 60
+PANEL, GAP, TOP = 170, 46, 72
 
 
 @dataclass
