@@ -349,6 +349,38 @@ fn a_tunnel_with_tls_carries_what_one_without_does() {
 }
 
 /// Each rejection is typed, says what is wrong, and is obeyed.
+/// A swarm takes an agent's flags, so that what TLS costs can be measured. Its agents share a
+/// certificate.
+#[test]
+fn a_swarm_speaks_tls() {
+    let authority = Authority::new("one");
+    let server = authority.server_asking("require", &[]);
+    let (certificate, key) = authority.sign(
+        "swarm",
+        Wanted {
+            hosts: vec!["swarm-00000", "swarm-00001", "swarm-00002"],
+            ..for_agent("")
+        },
+    );
+    let (tunnel, ca) = (server.tunnel.to_string(), authority.ca());
+    let swarm = |flags: &[&str]| {
+        let args = ["swarm", "--server", &tunnel, "--count", "3"];
+        Process::start("swarm", &[&args, flags].concat(), &[])
+    };
+    let own = ["--tls-cert", &*certificate, "--tls-key", &*key];
+    let shown = swarm(&[&["--tls-ca", &*ca], &own[..]].concat());
+    shown.wait_for(&["registered 3 "]);
+    eventually(PATIENCE, "all are listed", || server.agents().len() == 3);
+    let (_, port) = server.agents()[2];
+    let answer = get(SocketAddr::from(([127, 0, 0, 1], port)), "/");
+    assert_eq!(answer.status, 200);
+    drop(shown);
+    // The system's authorities haven't signed the server's certificate, and no agent's is shown.
+    for flags in [&["--tls"][..], &["--tls-ca", &ca]] {
+        swarm(flags).wait_for(&["registered 0 "]);
+    }
+}
+
 #[test]
 fn certificates_that_are_not_accepted_are_told() {
     let authority = Authority::new("one");

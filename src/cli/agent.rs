@@ -55,6 +55,13 @@ struct HttpArgs {
     /// File with the agent's token; without it SILO_GRPC_TOKEN is used if it is set
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    #[command(flatten)]
+    tls: TlsArgs,
+}
+
+/// TLS to the server, for whoever starts agents by flags.
+#[derive(Debug, clap::Args)]
+pub(super) struct TlsArgs {
     /// Encrypt the tunnel; the system's authorities must have signed the server's certificate
     #[arg(long)]
     tls: bool,
@@ -185,6 +192,17 @@ impl HttpArgs {
             .flag("local.service_url", "the service", url)
             .flag("grpc.server_address", "--server", self.server)
             .flag("grpc.agent_id", "--id", self.id);
+        if let Some(file) = self.token_file {
+            let file = file.display().to_string();
+            sources = sources.flag("grpc.token_file", "--token-file", file);
+        }
+        self.tls.add_to(sources)
+    }
+}
+
+impl TlsArgs {
+    /// Puts the flags that were given beside the other settings.
+    pub(super) fn add_to(&self, mut sources: Sources) -> Sources {
         let encrypted = match (self.tls, &self.tls_ca) {
             (true, _) => Some("--tls"),
             (false, Some(_)) => Some("--tls-ca"),
@@ -194,10 +212,9 @@ impl HttpArgs {
             sources = sources.flag("grpc.tls.enabled", flag, "true");
         }
         for (path, flag, file) in [
-            ("grpc.token_file", "--token-file", self.token_file),
-            ("grpc.tls.ca_file", "--tls-ca", self.tls_ca),
-            ("grpc.tls.cert_file", "--tls-cert", self.tls_cert),
-            ("grpc.tls.key_file", "--tls-key", self.tls_key),
+            ("grpc.tls.ca_file", "--tls-ca", &self.tls_ca),
+            ("grpc.tls.cert_file", "--tls-cert", &self.tls_cert),
+            ("grpc.tls.key_file", "--tls-key", &self.tls_key),
         ] {
             if let Some(file) = file {
                 sources = sources.flag(path, flag, file.display().to_string());

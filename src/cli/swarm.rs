@@ -11,6 +11,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use super::agent::TlsArgs;
 use super::{
     Failure, Outcome, block_on, raise_descriptor_limit, say, services, start_log, told_to_stop,
 };
@@ -25,10 +26,12 @@ const REPORT: Duration = Duration::from_secs(5);
 #[command(
     after_help = "Each agent forwards to a small service in the same process. When all have been
 registered or rejected a summary is printed; then the rate of requests, until Ctrl-C.
-Each agent takes a file descriptor here, and two and a port on the server.
+Each agent takes a file descriptor here, and two and a port on the server. All show the same
+certificate, if any: it has to name each of them.
 
 Example:
-  silo-proxy swarm --server localhost:9090 --count 1000"
+  silo-proxy swarm --server localhost:9090 --count 1000
+  silo-proxy swarm --server localhost:9090 --count 1000 --tls-ca certs/ca.pem"
 )]
 pub(super) struct SwarmArgs {
     /// The server's tunnel port
@@ -43,6 +46,8 @@ pub(super) struct SwarmArgs {
     /// File with the agents' token; without it SILO_GRPC_TOKEN is used if it is set
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    #[command(flatten)]
+    tls: TlsArgs,
     /// How many connect at a time
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     at_once: u32,
@@ -157,6 +162,7 @@ fn template(args: &SwarmArgs, service: std::net::SocketAddr) -> Result<Agent, Fa
         let file = file.display().to_string();
         sources = sources.flag("grpc.token_file", "--token-file", file);
     }
+    let sources = args.tls.add_to(sources);
     Agent::new(AgentConfig::load(&sources)?).map_err(Failure::usage)
 }
 
