@@ -188,14 +188,15 @@ impl HttpArgs {
         } else {
             format!("http://{}", self.service)
         };
-        let mut sources = Sources::process()
+        let sources = Sources::process()
             .flag("local.service_url", "the service", url)
             .flag("grpc.server_address", "--server", self.server)
-            .flag("grpc.agent_id", "--id", self.id);
-        if let Some(file) = self.token_file {
-            let file = file.display().to_string();
-            sources = sources.flag("grpc.token_file", "--token-file", file);
-        }
+            .flag("grpc.agent_id", "--id", self.id)
+            .file_flag(
+                "grpc.token_file",
+                "--token-file",
+                self.token_file.as_deref(),
+            );
         self.tls.add_to(sources)
     }
 }
@@ -211,15 +212,9 @@ impl TlsArgs {
         if let Some(flag) = encrypted {
             sources = sources.flag("grpc.tls.enabled", flag, "true");
         }
-        for (path, flag, file) in [
-            ("grpc.tls.ca_file", "--tls-ca", &self.tls_ca),
-            ("grpc.tls.cert_file", "--tls-cert", &self.tls_cert),
-            ("grpc.tls.key_file", "--tls-key", &self.tls_key),
-        ] {
-            if let Some(file) = file {
-                sources = sources.flag(path, flag, file.display().to_string());
-            }
-        }
         sources
+            .file_flag("grpc.tls.ca_file", "--tls-ca", self.tls_ca.as_deref())
+            .file_flag("grpc.tls.cert_file", "--tls-cert", self.tls_cert.as_deref())
+            .file_flag("grpc.tls.key_file", "--tls-key", self.tls_key.as_deref())
     }
 }

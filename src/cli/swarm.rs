@@ -150,18 +150,19 @@ async fn swarm(args: SwarmArgs) -> Outcome {
 
 /// The agent that all others are copies of.
 fn template(args: &SwarmArgs, service: std::net::SocketAddr) -> Result<Agent, Failure> {
-    let mut sources = Sources::process()
+    let sources = Sources::process()
         .flag(
             "local.service_url",
             "the service",
             format!("http://{service}"),
         )
         .flag("grpc.server_address", "--server", args.server.clone())
-        .flag("grpc.agent_id", "--prefix", format!("{}00000", args.prefix));
-    if let Some(file) = &args.token_file {
-        let file = file.display().to_string();
-        sources = sources.flag("grpc.token_file", "--token-file", file);
-    }
+        .flag("grpc.agent_id", "--prefix", format!("{}00000", args.prefix))
+        .file_flag(
+            "grpc.token_file",
+            "--token-file",
+            args.token_file.as_deref(),
+        );
     let sources = args.tls.add_to(sources);
     Agent::new(AgentConfig::load(&sources)?).map_err(Failure::usage)
 }

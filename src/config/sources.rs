@@ -71,6 +71,14 @@ impl Sources {
         self.flags.push((path, flag, value.into()));
         self
     }
+
+    /// The same for the name of a file, if it was given.
+    pub fn file_flag(self, path: &'static str, flag: &'static str, file: Option<&Path>) -> Self {
+        match file {
+            Some(file) => self.flag(path, flag, file.display().to_string()),
+            None => self,
+        }
+    }
 }
 
 /// The files that hold secrets of `role`, each with the key that stands for it: `…_file`, or the
