@@ -18,7 +18,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::{Duration, Instant};
@@ -670,6 +670,22 @@ pub fn refuses(address: SocketAddr) -> bool {
         Ok(_) => false,
         Err(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
     }
+}
+
+/// Runs curl, which must succeed within 20 s; for a test that knows it is there.
+pub fn curl(args: &[&str]) -> Output {
+    let output = Command::new("curl")
+        .args(["--silent", "--show-error", "--max-time", "20"])
+        .args(["--noproxy", "*"])
+        .args(args)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "curl {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    output
 }
 
 /// Looks for a program from Debian. Where it is missing the test fails in CI, with the line that

@@ -2,34 +2,13 @@
 
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::common::raw::{Recorder, Stand, latin1, pattern};
-use crate::common::{PATIENCE, Server, connect, eventually, have, port_range, read_answer};
+use crate::common::{PATIENCE, Server, connect, curl, eventually, have, port_range, read_answer};
 
 use std::io::Write;
-
-fn curl(args: &[&str]) -> Output {
-    let output = Command::new("curl")
-        .args([
-            "--silent",
-            "--show-error",
-            "--max-time",
-            "20",
-            "--noproxy",
-            "*",
-        ])
-        .args(args)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "curl {args:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output
-}
 
 /// An nginx of the test's own, ended when dropped.
 struct Nginx {

@@ -16,7 +16,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::http2::SendRequest;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tonic::body::Body;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
@@ -29,6 +29,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use crate::client::{Client, run};
 use crate::common::raw::{pattern, settles};
 use crate::common::{Agent, Server, port_range};
+use crate::service::listen;
 
 /// A message is its bytes.
 #[derive(Clone, Copy, Default)]
@@ -249,26 +250,12 @@ impl tower_service::Service<http::Request<Incoming>> for Test {
 /// Runs the service on a thread of its own; calls that are called off come out of the channel.
 fn service() -> (SocketAddr, mpsc::Receiver<Instant>) {
     let (cancelled, calls) = mpsc::channel(64);
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    listener.set_nonblocking(true).unwrap();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    std::thread::spawn(move || {
-        runtime.block_on(async {
-            let listener = TcpListener::from_std(listener).unwrap();
-            loop {
-                let (stream, _) = listener.accept().await.unwrap();
-                stream.set_nodelay(true).unwrap();
-                let test = TowerToHyperService::new(Test {
-                    cancelled: cancelled.clone(),
-                });
-                let http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-                tokio::spawn(http.serve_connection(TokioIo::new(stream), test));
-            }
+    let address = listen(move |_, stream| {
+        let test = TowerToHyperService::new(Test {
+            cancelled: cancelled.clone(),
         });
+        let http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        tokio::spawn(http.serve_connection(TokioIo::new(stream), test));
     });
     (address, calls)
 }

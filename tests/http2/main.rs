@@ -18,5 +18,6 @@ mod client;
 mod floods;
 mod grpc;
 mod programs;
+mod service;
 mod services;
 mod visitors;

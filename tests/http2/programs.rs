@@ -1,23 +1,13 @@
 //! curl as a visitor that speaks HTTP/2.
 
-use std::process::{Command, Output};
+use std::process::Output;
 
-use crate::common::have;
 use crate::common::raw::{Recorder, Stand, pattern};
+use crate::common::{curl, have};
 
-fn curl(args: &[&str]) -> Output {
-    let output = Command::new("curl")
-        .args(["--silent", "--show-error", "--http2-prior-knowledge"])
-        .args(["--max-time", "20", "--noproxy", "*"])
-        .args(args)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "curl {args:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output
+/// curl that knows that HTTP/2 is spoken.
+fn curl2(args: &[&str]) -> Output {
+    curl(&[&["--http2-prior-knowledge"], args].concat())
 }
 
 #[test]
@@ -27,7 +17,7 @@ fn curl_gets_and_posts() {
     }
     let stand = Stand::new();
     let url = format!("http://{}", stand.agent.address());
-    let output = curl(&["-i", &format!("{url}/a%20b?q=1%2f")]);
+    let output = curl2(&["-i", &format!("{url}/a%20b?q=1%2f")]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.starts_with("HTTP/2 200"), "{text}");
     assert!(text.ends_with("\r\n\r\nok"), "{text}");
@@ -41,13 +31,13 @@ fn curl_gets_and_posts() {
     assert_eq!(received.header("x-request-id").len(), 1);
     assert!(received.header("connection").is_empty());
 
-    curl(&["--data-binary", "hello", &url]);
+    curl2(&["--data-binary", "hello", &url]);
     let received = stand.service.next();
     assert_eq!(received.line(), "POST / HTTP/1.1");
     assert_eq!(received.header("content-length"), ["5"]);
     assert_eq!(received.body, b"hello");
 
-    let output = curl(&["-I", &url]);
+    let output = curl2(&["-I", &url]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("content-length: 2"), "{text}");
 }
@@ -69,7 +59,7 @@ fn curl_carries_large_bodies_both_ways() {
     std::fs::write(&file, &body).unwrap();
     let upload = format!("@{}", file.display());
     let url = format!("http://{}/", stand.agent.address());
-    let output = curl(&["--data-binary", &upload, &url]);
+    let output = curl2(&["--data-binary", &upload, &url]);
     assert!(output.stdout == body);
 }
 
@@ -81,10 +71,7 @@ fn curl_upgrades_nothing() {
     }
     let stand = Stand::new();
     let url = format!("http://{}/", stand.agent.address());
-    let output = Command::new("curl")
-        .args(["-s", "-i", "--http2", "--noproxy", "*", &url])
-        .output()
-        .unwrap();
+    let output = curl(&["-i", "--http2", &url]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.starts_with("HTTP/1.1 200"), "{text}");
 }

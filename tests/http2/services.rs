@@ -11,13 +11,13 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
-use tokio::net::TcpListener;
 
 use crate::client::{Client, read, reason, request, run};
 use crate::common::raw::{channel, pattern, read_to_close, settles, take};
 use crate::common::{
     self, Agent, Server, eventually, get, port_range, request as request_http1, text_service,
 };
+use crate::service::listen;
 
 type Call = (Request<RecvStream>, SendResponse<Bytes>);
 
@@ -30,45 +30,30 @@ fn service<F>(
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    listener.set_nonblocking(true).unwrap();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
     let answer = Arc::new(answer);
-    std::thread::spawn(move || {
-        runtime.block_on(async {
-            let listener = TcpListener::from_std(listener).unwrap();
-            for number in 0.. {
-                let (stream, _) = listener.accept().await.unwrap();
-                stream.set_nodelay(true).unwrap();
-                let (builder, answer) = (builder.clone(), answer.clone());
-                tokio::spawn(async move {
-                    let Ok(mut connection) = builder.handshake(stream).await else {
-                        return;
-                    };
-                    while let Some(Ok(call)) = connection.accept().await {
-                        let ends = call.0.headers().contains_key("x-last");
-                        let goes_dark = call.0.headers().contains_key("x-die");
-                        let task = tokio::spawn(answer(number, call));
-                        if ends {
-                            connection.graceful_shutdown();
-                        }
-                        if goes_dark {
-                            // What it has said is written, and then it is gone.
-                            let alive = std::future::poll_fn(|cx| connection.poll_closed(cx));
-                            let _ = tokio::time::timeout(Duration::from_millis(300), alive).await;
-                            task.abort();
-                            return;
-                        }
-                    }
-                });
+    listen(move |number, stream| {
+        let (builder, answer) = (builder.clone(), answer.clone());
+        tokio::spawn(async move {
+            let Ok(mut connection) = builder.handshake(stream).await else {
+                return;
+            };
+            while let Some(Ok(call)) = connection.accept().await {
+                let ends = call.0.headers().contains_key("x-last");
+                let goes_dark = call.0.headers().contains_key("x-die");
+                let task = tokio::spawn(answer(number, call));
+                if ends {
+                    connection.graceful_shutdown();
+                }
+                if goes_dark {
+                    // What it has said is written, and then it is gone.
+                    let alive = std::future::poll_fn(|cx| connection.poll_closed(cx));
+                    let _ = tokio::time::timeout(Duration::from_millis(300), alive).await;
+                    task.abort();
+                    return;
+                }
             }
         });
-    });
-    address
+    })
 }
 
 fn builder() -> h2::server::Builder {
