@@ -15,7 +15,7 @@
 mod upgraded;
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -24,7 +24,8 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::FutureExt;
 use futures_util::future::poll_fn;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use socket2::SockRef;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tracing::{debug, warn};
 
@@ -223,7 +224,7 @@ impl Visitor {
         let port = self.place.tenancy.port;
         debug!(peer = %self.peer, port, ?over, "visitor's connection ended");
         match over {
-            Over::Unheard => self.linger().await,
+            Over::Unheard => linger(&self.stream).await,
             Over::BrokenOff { reset: true } => {
                 // If that fails the connection is broken already, which tells as much.
                 let _ = self.stream.set_zero_linger();
@@ -379,21 +380,27 @@ impl Visitor {
         }
         Ok(wrote)
     }
+}
 
-    /// Lets a visitor who is still sending read the answer that made us stop listening: to close
-    /// a socket with bytes unread would reset the connection, and a reset takes the answer away
-    /// from him (RFC 9112, section 9.6).
-    async fn linger(mut self) {
-        let finish = async {
-            self.stream.shutdown().await?;
-            // Not in the task itself, which every connection has.
-            let mut nowhere = vec![0; 16 * 1024];
-            while self.stream.read(&mut nowhere).await? > 0 {}
-            io::Result::Ok(())
-        };
-        // However it ends, there is nothing left to do.
-        let _ = tokio::time::timeout(LINGER, finish).await;
-    }
+/// Lets a visitor who is still sending read the answer that made us stop listening: to close a
+/// socket with bytes unread would reset the connection, and a reset takes the answer away from him
+/// (RFC 9112, section 9.6).
+pub(super) async fn linger(stream: &TcpStream) {
+    let finish = async {
+        SockRef::from(stream).shutdown(Shutdown::Write)?;
+        // Not in the task itself, which every connection has.
+        let mut nowhere = vec![0; 16 * 1024];
+        loop {
+            stream.readable().await?;
+            match stream.try_read(&mut nowhere) {
+                Ok(0) => return io::Result::Ok(()),
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                _ => {}
+            }
+        }
+    };
+    // However it ends, there is nothing left to do.
+    let _ = tokio::time::timeout(LINGER, finish).await;
 }
 
 /// A request that is being served: its body on the way to the exchange, and the answer on the way

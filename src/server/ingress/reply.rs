@@ -204,8 +204,27 @@ impl Reply {
     }
 }
 
-/// The status line and the header lines of a service's answer, without those that frame it;
-/// nothing if they can't be passed on.
+/// Hands the header lines of a service's answer to `write`, without those that frame it and with
+/// those that a `grant` adds. Some may have been handed out before an error.
+pub(super) fn answer_lines(
+    head: &ResponseHead,
+    grant: Option<&Grant>,
+    mut write: impl FnMut(&[u8], &[u8]),
+) -> Result<LineFacts, InvalidLines> {
+    let mut additions = grant.map(Additions::new);
+    let facts = sendable(&head.lines, Direction::Response, |name, value| {
+        write(name, value);
+        if let Some(additions) = &mut additions {
+            additions.see(name, value);
+        }
+    })?;
+    for (name, value) in additions.into_iter().flat_map(Additions::into_lines) {
+        write(name.as_bytes(), value);
+    }
+    Ok(facts)
+}
+
+/// The status line and the [`answer_lines`]; nothing if they can't be passed on.
 fn write_lines(
     out: &mut BytesMut,
     version: Version,
@@ -215,18 +234,8 @@ fn write_lines(
     out.reserve(head.size() + ROOM);
     let before = out.len();
     write_status_line(out, version, head.status);
-    let mut additions = grant.map(Additions::new);
-    let written = sendable(&head.lines, Direction::Response, |name, value| {
-        write_line(out, name, value);
-        if let Some(additions) = &mut additions {
-            additions.see(name, value);
-        }
-    });
-    let facts = written.inspect_err(|_| out.truncate(before))?;
-    for (name, value) in additions.into_iter().flat_map(Additions::into_lines) {
-        write_line(out, name.as_bytes(), value);
-    }
-    Ok(facts)
+    let written = answer_lines(head, grant, |name, value| write_line(out, name, value));
+    written.inspect_err(|_| out.truncate(before))
 }
 
 /// The protocols that an answer speaks of, with the line that says for whom that is.

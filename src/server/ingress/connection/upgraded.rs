@@ -14,12 +14,7 @@
 
 use super::*;
 
-use std::net::Shutdown;
-
-use socket2::SockRef;
-
 use crate::headers::goes_on_as_offered;
-use crate::net;
 
 impl Serving {
     /// The service goes on with another protocol, if that was asked for.

@@ -2,7 +2,7 @@ use http::header::{COOKIE, HOST};
 use http::{HeaderMap, request::Parts};
 
 use crate::config::HttpConfig;
-use crate::headers::{Framing, Refusal, Version, check_request};
+use crate::headers::{Framing, Refusal, RequestFacts, Version, check_request};
 use crate::server::respond::Fault;
 
 /// A request's head, as the rules that are HTTP/1's want to see it.
@@ -13,12 +13,6 @@ pub(super) struct Head<'a> {
     headers: &'a HeaderMap,
     /// The lines of a request in HTTP/1.1: :authority stands for the Host line.
     lines: Vec<(&'a [u8], &'a [u8])>,
-}
-
-/// What is to be known of a request that has been found good.
-pub(super) struct Facts {
-    /// The visitor sends his body only when he is told to go on, or after a while of his own.
-    pub(super) expects_continue: bool,
 }
 
 impl<'a> Head<'a> {
@@ -49,7 +43,7 @@ impl<'a> Head<'a> {
     /// The limits and rules of a request in HTTP/1.1, and those that only HTTP/2 knows; h2 has
     /// seen to the rest: names in lower case, no line that belongs to a connection, one of each
     /// pseudo-header, before the others.
-    pub(super) fn check(&self, settings: &HttpConfig) -> Result<Facts, Fault> {
+    pub(super) fn check(&self, settings: &HttpConfig) -> Result<RequestFacts, Fault> {
         // As in HTTP/1: with the version, and with the ends of lines.
         let line = self.method.len() + self.target.len() + " HTTP/1.1 \r\n".len();
         let lines = self.lines.len();
@@ -94,8 +88,6 @@ impl<'a> Head<'a> {
         {
             return Err(Fault::BodyTooLarge);
         }
-        Ok(Facts {
-            expects_continue: facts.expects_continue,
-        })
+        Ok(facts)
     }
 }

@@ -32,7 +32,6 @@ mod socket;
 mod stream;
 
 use std::future::Future;
-use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
@@ -47,7 +46,7 @@ use h2::server::{Builder, Connection};
 use tokio::net::TcpStream;
 use tracing::debug;
 
-use super::connection::LINGER;
+use super::connection::{LINGER, linger};
 use super::place::{Order, Place};
 use crate::config::HttpConfig;
 use crate::headers::Forwarding;
@@ -231,25 +230,6 @@ fn over(error: h2::Error) -> Over {
     } else {
         Over::Left
     }
-}
-
-/// Lets a visitor who is still sending read why nothing is heard any more: to close a socket with
-/// bytes unread would take that away from him.
-async fn linger(stream: &TcpStream) {
-    let finish = async {
-        // Not in the task itself, which every connection has.
-        let mut nowhere = vec![0; 16 * 1024];
-        loop {
-            stream.readable().await?;
-            match stream.try_read(&mut nowhere) {
-                Ok(0) => return io::Result::Ok(()),
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
-                _ => {}
-            }
-        }
-    };
-    // However it ends, there is nothing left to do.
-    let _ = tokio::time::timeout(LINGER, finish).await;
 }
 
 /// Counts the requests that were called off.

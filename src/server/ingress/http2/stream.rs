@@ -13,12 +13,13 @@ use http::{HeaderMap, Response, StatusCode};
 use super::super::connection::{Request, open_exchange};
 use super::super::place::{Order, Part};
 use super::super::record::Record;
+use super::super::reply::answer_lines;
 use super::Caller;
 use super::head::Head;
 use super::piece::{Piece, Unsent};
-use crate::cors::{Additions, Grant, Line};
+use crate::cors::{Grant, Line};
 use crate::head::ResponseHead;
-use crate::headers::{Direction, forward_trailers, sendable};
+use crate::headers::forward_trailers;
 use crate::http2::{append, fields_of, joined_cookie, trailers_of};
 use crate::link::{Exchange, Gather};
 use crate::metrics::Failure;
@@ -590,36 +591,25 @@ fn answer(head: &ResponseHead, grant: Option<&Grant>) -> Option<(Response<()>, O
     if head.status < 200 {
         return None;
     }
-    let mut additions = grant.map(Additions::new);
-    let (mut response, length) = response(head, |name, value| {
-        if let Some(additions) = &mut additions {
-            additions.see(name, value);
-        }
-    })?;
+    let (mut response, length) = response(head, grant)?;
     // RFC 9110, section 8.6: a 204 has no length, a 304 the one that a 200 would have.
     if let (Some(length), true) = (length, head.status != 204) {
         response.headers_mut().insert(CONTENT_LENGTH, length.into());
     }
-    let lines = additions.into_iter().flat_map(Additions::into_lines);
-    let response = with_lines(response, lines);
     Some((response, length))
 }
 
 /// An interim answer, if it can be passed on.
 fn interim(head: &ResponseHead) -> Option<Response<()>> {
-    response(head, |_, _| {}).map(|(response, _)| response)
+    response(head, None).map(|(response, _)| response)
 }
 
-fn response(
-    head: &ResponseHead,
-    mut see: impl FnMut(&[u8], &[u8]),
-) -> Option<(Response<()>, Option<u64>)> {
+fn response(head: &ResponseHead, grant: Option<&Grant>) -> Option<(Response<()>, Option<u64>)> {
     let mut response = Response::new(());
     *response.status_mut() = StatusCode::from_u16(head.status).ok()?;
     let mut fits = true;
-    let facts = sendable(&head.lines, Direction::Response, |name, value| {
+    let facts = answer_lines(head, grant, |name, value| {
         fits &= append(response.headers_mut(), name, value);
-        see(name, value);
     });
     let length = facts.ok()?.length;
     fits.then_some((response, length))
