@@ -13,6 +13,7 @@ import socket
 import termios
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from process import Failed, finish_load, run_bounded, start_load
 
@@ -35,9 +36,25 @@ class Requests:
 
 def wrk(port: int, connections: int, seconds: int, threads: int = 2) -> Requests:
     """Small requests over connections kept alive, as fast as they are answered."""
-    threads = min(threads, connections)
+    return parse_wrk(run_bounded(wrk_command(port, connections, seconds, min(threads, connections)), seconds + 15))
+
+
+def wrk_spread(ports: list[int], connections: int, seconds: int, script: Path) -> Requests:
+    """The same, with the connections spread evenly over many ports; `script` is written for it."""
+    # A thread of wrk's has one address, so each port gets a thread. They have little to do but wait.
+    script.write_text(f"""local ports, number = {{ {", ".join(map(str, ports))} }}, 0
+function setup(thread)
+  number = number + 1
+  thread.addr = wrk.lookup("127.0.0.1", ports[number])[1]
+end
+""")
+    argv = [*wrk_command(ports[0], connections, seconds, len(ports)), "-s", script]
+    return parse_wrk(run_bounded(argv, seconds + 15))
+
+
+def wrk_command(port: int, connections: int, seconds: int, threads: int) -> list[object]:
     argv = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "5s"]
-    return parse_wrk(run_bounded([*argv, f"http://127.0.0.1:{port}/"], seconds + 15))
+    return [*argv, f"http://127.0.0.1:{port}/"]
 
 
 def parse_wrk(output: str) -> Requests:
@@ -88,24 +105,65 @@ def last_line(output: str) -> str:
     return lines[-1][:200] if lines else "it printed nothing"
 
 
-def download(port: int, path: str, size: int) -> float:
-    """Bytes a second of one whole download."""
-    argv = ["curl", "-sS", "-o", "/dev/null", "-w", CURL_FORMAT, "--max-time", 60]
-    output = run_bounded([*argv, f"http://127.0.0.1:{port}{path}"], 70)
-    code, down, _, speed, _ = parse_curl(output)
-    if code != 200 or down != size:
-        raise Failed(f"curl: {down:.0f} of {size} bytes came, status {code:.0f}, {last_line(output)}")
-    return speed
+@dataclass(frozen=True)
+class Download:
+    """One whole download of `size` bytes."""
+
+    port: int
+    path: str
+    size: int
+
+    def command(self) -> list[object]:
+        argv = ["curl", "-sS", "-o", "/dev/null", "-w", CURL_FORMAT, "--max-time", 60]
+        return [*argv, f"http://127.0.0.1:{self.port}{self.path}"]
+
+    def speed(self, output: str) -> float:
+        """Bytes a second, as curl says; Failed unless all came."""
+        code, down, _, speed, _ = parse_curl(output)
+        if code != 200 or down != self.size:
+            raise Failed(f"curl: {down:.0f} of {self.size} bytes came, status {code:.0f}, {last_line(output)}")
+        return speed
 
 
-def upload(port: int, file: str, size: int) -> float:
-    """Bytes a second of one whole upload; the sink's answer has to name the size."""
-    argv = ["curl", "-sS", "-H", "Expect:", "-T", file, "-w", " " + CURL_FORMAT, "--max-time", 60]
-    output = run_bounded([*argv, f"http://127.0.0.1:{port}/"], 70)
-    code, _, up, _, speed = parse_curl(output)
-    if code != 200 or up != size or output.split()[0] != str(size):
-        raise Failed(f"curl: {up:.0f} of {size} bytes sent, status {code:.0f}, {last_line(output)}")
-    return speed
+@dataclass(frozen=True)
+class Upload:
+    """One whole upload of a file of `size` bytes; the sink's answer has to name the size."""
+
+    port: int
+    file: Path
+    size: int
+
+    def command(self) -> list[object]:
+        argv = ["curl", "-sS", "-H", "Expect:", "-T", self.file, "-w", " " + CURL_FORMAT, "--max-time", 60]
+        return [*argv, f"http://127.0.0.1:{self.port}/"]
+
+    def speed(self, output: str) -> float:
+        """Bytes a second, as curl says; Failed unless all were sent and read."""
+        code, _, up, _, speed = parse_curl(output)
+        if code != 200 or up != self.size or output.split()[0] != str(self.size):
+            raise Failed(f"curl: {up:.0f} of {self.size} bytes sent, status {code:.0f}, {last_line(output)}")
+        return speed
+
+
+def transfer(one: Download | Upload) -> float:
+    """Bytes a second of one transfer."""
+    return one.speed(run_bounded(one.command(), 70))
+
+
+def transfer_at_once(transfers: list[Download | Upload]) -> tuple[float, list[float]]:
+    """Bytes a second of all together, from the first's start to the last's end; and each one's own."""
+    begun = time.monotonic()
+    started = [start_load(one.command()) for one in transfers]
+    try:
+        outputs = [finish_load(load, 70) for load in started]
+    finally:
+        for load in started:
+            if load.poll() is None:
+                load.kill()
+                load.communicate()
+    taken = time.monotonic() - begun
+    speeds = [one.speed(output) for one, output in zip(transfers, outputs)]
+    return sum(one.size for one in transfers) / taken, speeds
 
 
 def parse_curl(output: str) -> list[float]:

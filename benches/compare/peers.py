@@ -22,6 +22,9 @@ SMALL_ANSWER = "a small answer of thirty-four byte"
 
 LARGE_PATH = "/large"
 
+SHARE_PATH = "/share"
+"""A quarter of the large file, for several transfers at once."""
+
 MOST_FAILED_STARTS = 2
 
 AGENT_PORTS = 8
@@ -114,11 +117,13 @@ class Service(Peer):
         default_type application/octet-stream;
         location = / {{ default_type text/plain; return 200 "{SMALL_ANSWER}"; }}
         location = {LARGE_PATH} {{ alias "{self.lab.large_file}"; }}
+        location = {SHARE_PATH} {{ alias "{self.lab.share_file}"; }}
     }}
 """,
         )
         self.spawn("nginx", nginx_command(self.lab.directory, self.write("nginx.conf", config)))
-        self.spawn("sink", [sys.executable, Path(__file__).with_name("sink.py"), self.upload])
+        sink = Path(__file__).with_name("sink.py")
+        self.spawn("sink", [sys.executable, sink, self.upload, self.lab.large_file])
 
     def restart(self) -> None:
         """The service stays: everyone else's connections end there."""
@@ -265,10 +270,13 @@ class Lab:
         self.build_failures: dict[str, str] = {}
         self.large_bytes = large_bytes
         self.large_file = directory / "large.bin"
+        self.share_bytes = large_bytes // 4
+        self.share_file = directory / "share.bin"
         directory.mkdir(parents=True, exist_ok=True)
-        # Sparse: reading it costs what reading a cached file costs, and no disk.
-        with open(self.large_file, "wb") as file:
-            file.truncate(large_bytes)
+        # Sparse: reading them costs what reading a cached file costs, and no disk.
+        for name, size in ((self.large_file, self.large_bytes), (self.share_file, self.share_bytes)):
+            with open(name, "wb") as file:
+                file.truncate(size)
         self.service = Service(self)
 
     def provide(self, key: str, build: Callable[[], Path]) -> None:
@@ -314,7 +322,17 @@ def nginx_command(directory: Path, config: Path) -> list[object]:
     return ["nginx", "-e", "stderr", "-p", directory, "-c", config, "-g", "daemon off;"]
 
 
-def silo_server_config(admin: int, tunnel: int, first: int, last: int) -> str:
+def silo_server_config(
+    admin: int, tunnel: int, first: int, last: int, *, workers: int = 0, lease: str = "0s", tls: Path | None = None
+) -> str:
+    """`tls` is a directory that `silo-proxy certs init` has filled."""
+    certificate = ""
+    if tls is not None:
+        certificate = f"""  tls:
+    enabled: true
+    cert_file: {tls / "server.pem"}
+    key_file: {tls / "server.key"}
+"""
     return f"""log:
   level: warn
 http:
@@ -322,8 +340,11 @@ http:
   agent_port_range:
     start: {first}
     end: {last}
+  port_lease: {lease}
 grpc:
   port: {tunnel}
+{certificate}server:
+  workers: {workers}
 """
 
 

@@ -257,6 +257,10 @@ class Ports:
                 return first
         raise Failed(f"found no {count} adjacent free ports")
 
+    def give_back(self, first: int, count: int) -> None:
+        """For those who take ports again and again."""
+        self.given.difference_update(range(first, first + count))
+
 
 def is_free(port: int) -> bool:
     """Whether the port can be bound on every address."""

@@ -66,11 +66,12 @@ def markdown(
     results: Results,
     density: list[DensityFigure],
     size: str,
+    share: str,
     rounds: int,
 ) -> str:
     """The whole block: when and where, the table, density, remarks. `peers` is keys with labels."""
     notes = Notes()
-    parts = [heading(facts, results, rounds), "", table(rows, peers, results, size, notes)]
+    parts = [heading(facts, results, rounds), "", table(rows, peers, results, size, share, notes)]
     if notes.lines:
         parts += ["", *notes.lines]
     parts += ["", density_table(density)]
@@ -96,7 +97,9 @@ def heading(facts: dict[str, str], results: Results, rounds: int) -> str:
     return text
 
 
-def table(rows: list[Row], peers: list[tuple[str, str]], results: Results, size: str, notes: Notes) -> str:
+def table(
+    rows: list[Row], peers: list[tuple[str, str]], results: Results, size: str, share: str, notes: Notes
+) -> str:
     labels = [label for _, label in peers]
     lines = [
         line_of(["What", *labels, "x rathole", "x nginx", "Goal for silo-proxy", "Reached"]),
@@ -106,7 +109,7 @@ def table(rows: list[Row], peers: list[tuple[str, str]], results: Results, size:
         cells = [cell(row, peer, results, notes) for peer, _ in peers]
         ratios = [ratio_cell(row, results, peer) for peer in ("rathole", "nginx")]
         verdict = reached(row, results)
-        lines.append(line_of([row.title.format(size=size), *cells, *ratios, goal_text(row.goals), verdict]))
+        lines.append(line_of([row.title.format(size=size, share=share), *cells, *ratios, goal_text(row.goals), verdict]))
     return "\n".join(lines)
 
 
@@ -127,14 +130,18 @@ def cell(row: Row, peer: str, results: Results, notes: Notes) -> str:
     values = results.values(row.key, peer)
     reasons = results.failures.get((row.key, peer), [])
     if not values:
+        if row.only not in (None, peer):
+            return "-"
         return f"failed: {tidy(Counter(reasons).most_common(1)[0][0])}" if reasons else "not measured"
     samples = results.samples[(row.key, peer)]
     text = number(median(values), row.unit)
     if len(values) > 1:
         text += f" ({number(min(values), row.unit)} to {number(max(values), row.unit)})"
-    if row.key == "cpu64":
+    if row.key.startswith("cpu"):
         user, kernel = (median(s.detail[part] for s in samples) for part in ("user_us", "kernel_us"))
         text += f", {user:.1f} user + {kernel:.1f} kernel"
+        if "server_us" in samples[0].detail:
+            text += f"; {median(s.detail['server_us'] for s in samples):.1f} of it in the server"
     if reasons:
         text += notes.mark(f"{len(reasons)} of {len(reasons) + len(values)} runs failed: {tidy(reasons[0])}.")
     if remarks := [sample.note for sample in samples if sample.note]:
@@ -164,11 +171,13 @@ def ratio_cell(row: Row, results: Results, peer: str) -> str:
 
 
 def goal_text(goals: tuple[Goal, ...]) -> str:
-    return "; ".join(goal.text().strip() for goal in goals)
+    return "; ".join(goal.text().strip() for goal in goals) or "reported"
 
 
 def reached(row: Row, results: Results) -> str:
-    """yes, no, what must be but not the goal, or not measured."""
+    """yes, no, what must be but not the goal, or not measured; a dash without a goal."""
+    if not row.goals:
+        return "-"
     verdicts = [goal.reached(results.figure(row.key, goal)) for goal in row.goals]
     if None in verdicts:
         return "not measured"
@@ -188,7 +197,7 @@ def density_table(figures: list[DensityFigure]) -> str:
         verdict = "-" if not figure.goal else "not measured" if figure.reached is None else (
             "yes" if figure.reached else "no"
         )
-        lines.append(line_of([figure.title, measured, figure.goal or "-", verdict]))
+        lines.append(line_of([figure.title, measured, figure.goal or "reported", verdict]))
     return "\n".join(lines)
 
 

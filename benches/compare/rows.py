@@ -6,8 +6,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Callable
 
+import crowd
 import loads
-from peers import LARGE_PATH, Peer
+from loads import Download, Upload
+from peers import LARGE_PATH, SHARE_PATH, Peer
+from process import Process
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Row:
     key: str
     title: str
     unit: str
-    goals: tuple[Goal, ...]
+    goals: tuple[Goal, ...] = ()
+    only: str | None = None
+    """The one peer that it is about, if it isn't about all."""
 
 
 @dataclass
@@ -78,25 +83,51 @@ class Measure:
     rows: tuple[Row, ...]
     run: Callable[[Peer, Plan], Sample]
 
+    def is_for(self, peer: str) -> bool:
+        return all(row.only in (None, peer) for row in self.rows)
+
 
 def keep_alive(connections: int, rate_row: str, cpu_row: str | None) -> Callable[[Peer, Plan], Sample]:
     """Requests a second, and the processor time that each took in the peer's processes."""
 
     def run(peer: Peer, plan: Plan) -> Sample:
-        before = [process.cpu() for process in peer.processes]
-        result = loads.wrk(peer.web, connections, plan.keep_alive)
-        used = [process.cpu() - start for process, start in zip(peer.processes, before)]
-        user, kernel = (sum(getattr(cpu, part) for cpu in used) for part in ("user", "kernel"))
-        user_us, kernel_us = user / result.count * 1e6, kernel / result.count * 1e6
-        values = {rate_row: result.per_second}
-        if cpu_row:
-            values[cpu_row] = user_us + kernel_us
-        detail = {"requests": result.count, "p50_us": result.p50, "p99_us": result.p99}
-        detail |= {"user_us": user_us, "kernel_us": kernel_us}
-        detail["cpu_s"] = {
-            process.name: {"user": cpu.user, "kernel": cpu.kernel} for process, cpu in zip(peer.processes, used)
-        }
-        return Sample(values, detail, result.note)
+        load = lambda: loads.wrk(peer.web, connections, plan.keep_alive)  # noqa: E731
+        return small_requests(peer.processes, load, rate_row, cpu_row)
+
+    return run
+
+
+def small_requests(
+    processes: list[Process], load: Callable[[], loads.Requests], rate_row: str, cpu_row: str | None
+) -> Sample:
+    """A load of small requests, with the processor time that each took in the processes."""
+    before = [process.cpu() for process in processes]
+    result = load()
+    used = [process.cpu() - start for process, start in zip(processes, before)]
+    user, kernel = (sum(getattr(cpu, part) for cpu in used) for part in ("user", "kernel"))
+    user_us, kernel_us = user / result.count * 1e6, kernel / result.count * 1e6
+    values = {rate_row: result.per_second}
+    if cpu_row:
+        values[cpu_row] = user_us + kernel_us
+    detail = {"requests": result.count, "p50_us": result.p50, "p99_us": result.p99}
+    detail |= {"user_us": user_us, "kernel_us": kernel_us}
+    detail["cpu_s"] = {
+        process.name: {"user": cpu.user, "kernel": cpu.kernel} for process, cpu in zip(processes, used)
+    }
+    return Sample(values, detail, result.note)
+
+
+def many_agents(workers: int) -> Callable[[Peer, Plan], Sample]:
+    """Requests to many agents of a server with so many workers, all of them started for this run."""
+
+    def run(peer: Peer, plan: Plan) -> Sample:
+        with crowd.Crowd(peer.lab, workers) as site:
+            site.load(1)
+            processes, load = [site.server, *site.agents], lambda: site.load(plan.keep_alive)
+            sample = small_requests(processes, load, f"many{workers}", f"cpumany{workers}")
+        server = sample.detail["cpu_s"][site.server.name]
+        sample.detail["server_us"] = sum(server.values()) / sample.detail["requests"] * 1e6
+        return sample
 
     return run
 
@@ -112,11 +143,34 @@ def new_connections(peer: Peer, plan: Plan) -> Sample:
 
 
 def download(peer: Peer, plan: Plan) -> Sample:
-    return Sample({"down": loads.download(peer.web, LARGE_PATH, plan.large_bytes) / 1e6})
+    return Sample({"down": loads.transfer(Download(peer.web, LARGE_PATH, plan.large_bytes)) / 1e6})
 
 
 def upload(peer: Peer, plan: Plan) -> Sample:
-    return Sample({"up": loads.upload(peer.upload, str(peer.lab.large_file), plan.large_bytes) / 1e6})
+    return Sample({"up": loads.transfer(Upload(peer.upload, peer.lab.large_file, plan.large_bytes)) / 1e6})
+
+
+TRANSFERS = 8
+
+
+def downloads(peer: Peer, plan: Plan) -> Sample:
+    return together("down8", [Download(peer.web, SHARE_PATH, peer.lab.share_bytes)] * TRANSFERS)
+
+
+def uploads(peer: Peer, plan: Plan) -> Sample:
+    return together("up8", [Upload(peer.upload, peer.lab.share_file, peer.lab.share_bytes)] * TRANSFERS)
+
+
+def both_ways(peer: Peer, plan: Plan) -> Sample:
+    """Both through the sink's door, which in a tunnel means one and the same agent."""
+    down = Download(peer.upload, LARGE_PATH, plan.large_bytes)
+    up = Upload(peer.upload, peer.lab.large_file, plan.large_bytes)
+    return together("both", [down, up])
+
+
+def together(row: str, transfers: list[Download | Upload]) -> Sample:
+    total, speeds = loads.transfer_at_once(transfers)
+    return Sample({row: total / 1e6}, {"mb_s": [speed / 1e6 for speed in speeds]})
 
 
 BULK_DOWNLOADS, BULK_MB = 4, 60
@@ -176,6 +230,13 @@ def transfer_goals() -> tuple[Goal, ...]:
     return (ratio("", True, 1.5, "rathole"), ratio("", True, 0.9, "nginx"))
 
 
+def many_agents_measure(workers: int) -> Measure:
+    what = f"{crowd.AGENTS} agents, {crowd.CONNECTIONS} connections, server.workers {workers}"
+    rate = Row(f"many{workers}", f"requests/s, {what}", "rate", only="silo-proxy")
+    cpu = Row(f"cpumany{workers}", "CPU time of each, all processes of the tunnel", "us", only="silo-proxy")
+    return Measure((rate, cpu), many_agents(workers))
+
+
 MEASURES: list[Measure] = [
     Measure(
         (
@@ -222,6 +283,9 @@ MEASURES: list[Measure] = [
     ),
     Measure((Row("down", "{size} download, one connection", "MB/s", transfer_goals()),), download),
     Measure((Row("up", "{size} upload, one connection", "MB/s", transfer_goals()),), upload),
+    Measure((Row("down8", f"{TRANSFERS} downloads of {{share}} at once, together", "MB/s"),), downloads),
+    Measure((Row("up8", f"{TRANSFERS} uploads of {{share}} at once, together", "MB/s"),), uploads),
+    Measure((Row("both", "{size} down and {size} up at once, one agent, together", "MB/s"),), both_ways),
     Measure(
         (
             Row(
@@ -251,6 +315,7 @@ MEASURES: list[Measure] = [
         ),
         stalled_reader,
     ),
+    *(many_agents_measure(workers) for workers in (1, 2)),
 ]
 
 ROWS: list[Row] = [row for measure in MEASURES for row in measure.rows]

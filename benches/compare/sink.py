@@ -2,11 +2,13 @@
 
 nginx can't play this part honestly: `return` answers before it has read the body, and everything else
 stores it. This reads into one large buffer and keeps nothing, so that its own cost is the kernel's copy.
-Usage: sink.py PORT
+GET of anything but / is answered with the file, for transfers both ways at once through one tunnel.
+Usage: sink.py PORT FILE
 """
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import sys
@@ -17,14 +19,14 @@ HEAD_LIMIT = 64 * 1024
 
 
 def main() -> None:
-    port = int(sys.argv[1])
+    port, file = int(sys.argv[1]), sys.argv[2]
     listener = socket.create_server(("127.0.0.1", port), backlog=1024)
     while True:
         connection, _ = listener.accept()
-        threading.Thread(target=serve, args=(connection,), daemon=True).start()
+        threading.Thread(target=serve, args=(connection, file), daemon=True).start()
 
 
-def serve(connection: socket.socket) -> None:
+def serve(connection: socket.socket, file: str) -> None:
     """Answers the requests of one connection, one after the other, until the peer leaves."""
     buffer = bytearray(BUFFER)
     rest = b""
@@ -34,6 +36,9 @@ def serve(connection: socket.socket) -> None:
                 head, rest = read_head(connection, rest)
                 if head is None:
                     return
+                if re.match(rb"GET /[^ ]", head):
+                    send_file(connection, file)
+                    continue
                 length = content_length(head)
                 if length is None:
                     answer(connection, "411 Length Required", "a Content-Length is needed", close=True)
@@ -68,6 +73,15 @@ def content_length(head: bytes) -> int | None:
     if found := re.search(rb"(?im)^content-length:\s*(\d+)\s*$", head):
         return int(found.group(1))
     return None if re.search(rb"(?im)^transfer-encoding:", head) else 0
+
+
+def send_file(connection: socket.socket, path: str) -> None:
+    """Answers with a whole file, as the kernel sends it."""
+    with open(path, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: {length}\r\n\r\n"
+        connection.sendall(head.encode())
+        connection.sendfile(file)
 
 
 def answer(connection: socket.socket, status: str, text: str, close: bool = False) -> None:
