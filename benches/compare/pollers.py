@@ -1,10 +1,10 @@
 """Many pollers of GET /agents in one process, each over a connection of its own.
 
 Each asks once a second, evenly spread over the second; one whose answer takes longer asks again at once.
-Bodies are read and not looked at. With `whole` every answer is the whole list, the worst case; with `tag`
+Bodies are read and not looked at. With `whole` every answer is the whole list, the worst case; with `tagged`
 every poll names the newest ETag, and gets 304 as long as nothing changes.
 
-Usage: pollers.py PORT COUNT whole|tag
+Usage: pollers.py PORT COUNT whole|tagged
 Prints `ready` when all have been asking for two seconds, and on SIGTERM one line of JSON: `latencies` in
 seconds from when a poll was sent (one without its answer yet counts with its age), `answered` whole answers
 and 304s, `unchanged` 304s among them, `bytes` read, `seconds` since ready, `cpu` seconds of this process.
@@ -112,7 +112,7 @@ def main() -> None:
             print("ready", flush=True)
         while waiting and waiting[0][0] <= now:
             _, number = heapq.heappop(waiting)
-            condition = b"If-None-Match: %s\r\n" % tag if tag and mode == "tag" else b""
+            condition = b"If-None-Match: %s\r\n" % tag if tag and mode == "tagged" else b""
             pollers[number].send(now, b"GET /agents HTTP/1.1\r\nHost: localhost\r\n%s\r\n" % condition)
         pause = min(max(waiting[0][0] - now, 0.0), 0.1) if waiting else 0.1
         for key, _ in selector.select(pause):

@@ -89,6 +89,15 @@ class Process:
                 total += Cpu(child_user, child_kernel)
         return total
 
+    def thread_cpu(self, name: str) -> float:
+        """Seconds that the program's threads of this name have used so far."""
+        total = 0.0
+        for stat in Path(f"/proc/{self.popen.pid}/task").glob("*/stat"):
+            head, _, rest = stat.read_text().rpartition(")")
+            if head.partition("(")[2] == name:
+                total += sum(int(field) * TICK for field in rest.split()[11:13])
+        return total
+
     def memory(self) -> dict[int, int]:
         """Bytes of memory by process id: the proportional set (PSS), or the resident set."""
         return {pid: size for pid in self.pids() if (size := memory_of(pid)) is not None}
