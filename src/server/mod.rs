@@ -11,6 +11,7 @@
 
 mod access;
 pub mod admin;
+mod balance;
 pub mod directory;
 mod ingress;
 mod registry;
@@ -25,7 +26,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, mpsc as mpsc_std};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -39,6 +40,7 @@ use tracing::{error, info, warn};
 
 use self::access::AccessLog;
 use self::admin::{Admin, AdminState, Readiness};
+use self::balance::{Load, least_loaded};
 use self::directory::Directory;
 use self::registry::Registry;
 pub use self::state_file::StateFileError;
@@ -199,7 +201,7 @@ impl Server {
             visitors: AtomicUsize::new(0),
             addresses: DashMap::new(),
             handshakes: Mutex::new(BTreeMap::new()),
-            tunnels: (0..worker_count).map(|_| AtomicUsize::new(0)).collect(),
+            loads: (0..worker_count).map(|_| Load::default()).collect(),
             sweeps: (0..worker_count).map(|_| Arc::new(Notify::new())).collect(),
             metrics: metrics.clone(),
             registry: registry.clone(),
@@ -524,8 +526,8 @@ impl Sink for Dispatcher {
                 None => return self.refused(0, Refusal::NoTenant, count),
             },
             Listener::Adopted(_) => {
-                let index = self.least_loaded();
-                self.shared.tunnels[index].fetch_add(count, Relaxed);
+                let index = least_loaded(&self.shared.loads);
+                self.shared.loads[index].add(count);
                 (index, Job::Agents(batch))
             }
         };
@@ -539,19 +541,12 @@ impl Sink for Dispatcher {
             Err(mpsc::error::TrySendError::Closed(job)) => job,
         };
         if matches!(job, Job::Agents(_)) {
-            self.shared.tunnels[index].fetch_sub(count, Relaxed);
+            self.shared.loads[index].remove(count);
         }
     }
 }
 
 impl Dispatcher {
-    /// The worker that new tunnels go to: the one with the fewest.
-    fn least_loaded(&self) -> usize {
-        (0..self.queues.len())
-            .min_by_key(|index| self.shared.tunnels[*index].load(Relaxed))
-            .unwrap_or(0)
-    }
-
     fn refused(&self, worker: usize, reason: Refusal, count: usize) {
         for _ in 0..count {
             self.shared

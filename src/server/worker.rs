@@ -13,6 +13,7 @@ use arc_swap::{ArcSwap, Guard};
 use dashmap::DashMap;
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
+use rustix::time::{ClockId, clock_gettime};
 use slab::Slab;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
@@ -23,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::access::AccessLog;
+use super::balance::{Load, Meter};
 use super::ingress::{self, Watched};
 use super::registry::Registry;
 use super::session::{Connection, TunnelService};
@@ -80,8 +82,8 @@ pub(super) struct Shared {
     /// Tunnel connections that haven't been welcomed, oldest first, against
     /// `grpc.max_handshakes`. Locked when one comes or is done.
     pub(super) handshakes: Mutex<BTreeMap<u64, CancellationToken>>,
-    /// Tunnel connections by worker, welcomed or not: new ones go where the fewest are.
-    pub(super) tunnels: Vec<AtomicUsize>,
+    /// What each worker has to do, by which new tunnels are given out.
+    pub(super) loads: Vec<Load>,
     /// Where lines about requests go, if anywhere.
     pub(super) access: Option<AccessLog>,
     /// Wakes each worker's sweep.
@@ -209,6 +211,7 @@ impl Worker {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let mut sweep_at = None;
+        let mut meter = Meter::default();
         loop {
             tokio::select! {
                 job = jobs.recv() => match job {
@@ -218,6 +221,8 @@ impl Worker {
                 _ = ticks.tick() => {
                     self.clock.fetch_add(1, Ordering::Relaxed);
                     self.sweep_connections();
+                    let share = meter.look(std::time::Instant::now(), thread_time());
+                    self.shared.loads[self.index].set_busy(share);
                 }
                 // However many ports are released at once, one look is enough for all of them.
                 () = self.sweep.notified(), if sweep_at.is_none() => {
@@ -411,6 +416,14 @@ impl Worker {
     }
 }
 
+/// The processor time of this thread since its start.
+fn thread_time() -> Duration {
+    // Below zero it isn't, and a clock that were is no reason to stop.
+    clock_gettime(ClockId::ThreadCPUTime)
+        .try_into()
+        .unwrap_or_default()
+}
+
 /// Says that somebody on the tunnel port was no agent, as far as that is worth a line.
 fn log_failed_handshake(peer: SocketAddr, failure: HandshakeFailure) {
     let reason = failure.as_str();
@@ -452,7 +465,7 @@ struct Counted(Arc<Worker>);
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.shared.tunnels[self.0.index].fetch_sub(1, Ordering::Relaxed);
+        self.0.shared.loads[self.0.index].remove(1);
     }
 }
 
