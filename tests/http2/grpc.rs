@@ -1,10 +1,12 @@
 //! gRPC through the tunnel is what it is without it: the cases of the interoperability tests, by
-//! tonic as client and server, each done directly and through a visitor's port.
+//! tonic and, where it is installed, Python's grpcio as clients and servers, each done directly and through a visitor's port.
 
 use std::convert::Infallible;
 use std::fmt::Debug;
+use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -320,6 +322,10 @@ impl Stand {
 
     fn with(protocol: &str) -> Self {
         let (service, cancelled) = service();
+        Self::before(service, cancelled, protocol)
+    }
+
+    fn before(service: SocketAddr, cancelled: mpsc::Receiver<Instant>, protocol: &str) -> Self {
         let server = Server::with(port_range(4), &[]);
         let agent = server.agent_with("a", service, &[("local.protocol", protocol)]);
         Self {
@@ -631,5 +637,93 @@ fn calls_side_by_side_don_t_mix() {
         });
         futures_util::future::join_all(calls).await;
     });
+    settles(&stand.server);
+}
+
+/// grpcio as a client or a server, as its file says; ended when dropped.
+struct Python(Child);
+
+impl Python {
+    /// Starts it, unless grpcio is missing: Debian's belongs to Debian's Python.
+    fn start(arguments: &[&str]) -> Option<Self> {
+        let has_grpcio = |python: &&str| {
+            let imported = Command::new(python)
+                .args(["-c", "import grpc"])
+                .stderr(Stdio::null())
+                .status();
+            imported.is_ok_and(|status| status.success())
+        };
+        let Some(python) = ["python3", "/usr/bin/python3"].into_iter().find(has_grpcio) else {
+            let missing = "grpcio is missing: apt-get install python3-grpcio";
+            assert!(std::env::var_os("CI").is_none(), "{missing}");
+            eprintln!("passed over, {missing}");
+            return None;
+        };
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/http2/interop.py");
+        let mut command = Command::new(python);
+        let child = command.arg(file).args(arguments).stdout(Stdio::piped());
+        Some(Self(child.spawn().unwrap()))
+    }
+
+    /// What it says in its next line.
+    fn says(&mut self) -> String {
+        let mut line = String::new();
+        let said = self.0.stdout.as_mut().unwrap();
+        BufReader::new(said).read_line(&mut line).unwrap();
+        line.trim().to_owned()
+    }
+}
+
+impl Drop for Python {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn grpcio_calls_tonic() {
+    let stand = Stand::new();
+    for address in [stand.service, stand.agent.address()] {
+        let Some(mut client) = Python::start(&["client", &address.to_string()]) else {
+            return;
+        };
+        assert_eq!(client.says(), "all is well", "{address}");
+    }
+    settles(&stand.server);
+}
+
+#[test]
+fn grpcio_and_tonic_call_grpcio() {
+    let Some(mut service) = Python::start(&["server"]) else {
+        return;
+    };
+    let port: u16 = service.says().parse().unwrap();
+    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    let stand = Stand::before(address, mpsc::channel(1).1, "h2c");
+    for address in [stand.service, stand.agent.address()] {
+        let Some(mut client) = Python::start(&["client", &address.to_string()]) else {
+            return;
+        };
+        assert_eq!(client.says(), "all is well", "{address}");
+    }
+    let outcome = stand.same(|channel| async move {
+        let metadata = [(ECHO, "test_initial_metadata_value")];
+        let sent = request(pattern(100_000), &metadata, b"\x00\xff");
+        unary(&channel, "Unary", sent).await
+    });
+    assert!(outcome.is_ok());
+    let outcome = stand.same(|channel| async move {
+        let mut grpc = channel.grpc().await;
+        let sent = Request::new(stream::iter([b"a".to_vec(), b"fail".to_vec()]));
+        let response = grpc.streaming(sent, path("PingPong"), Raw).await;
+        collect(response.unwrap().into_inner()).await
+    });
+    assert_eq!(outcome, Err((Code::DataLoss, "as asked".to_owned())));
+    let outcome = stand.same(|channel| async move {
+        let nothing = unary(&channel, "Nothing", Request::new(Vec::new())).await;
+        nothing.unwrap_err().0
+    });
+    assert_eq!(outcome, Code::Unimplemented);
     settles(&stand.server);
 }

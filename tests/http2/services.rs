@@ -1,7 +1,7 @@
 //! What services that speak HTTP/2 get from an agent, and what becomes of their answers.
 
 use std::future::Future;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,6 +11,8 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
 
 use crate::client::{Client, read, reason, request, run};
 use crate::common::raw::{channel, pattern, read_to_close, settles, take};
@@ -30,10 +32,28 @@ fn service<F>(
 where
     F: Future<Output = ()> + Send + 'static,
 {
+    service_on(builder, |stream| async { Ok(stream) }, answer)
+}
+
+/// The same on what `open` makes of its sockets.
+fn service_on<F, S, T>(
+    builder: h2::server::Builder,
+    open: impl Fn(TcpStream) -> S + Send + 'static,
+    answer: impl Fn(usize, Call) -> F + Send + Sync + 'static,
+) -> SocketAddr
+where
+    F: Future<Output = ()> + Send + 'static,
+    S: Future<Output = io::Result<T>> + Send + 'static,
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let answer = Arc::new(answer);
     listen(move |number, stream| {
         let (builder, answer) = (builder.clone(), answer.clone());
+        let opened = open(stream);
         tokio::spawn(async move {
+            let Ok(stream) = opened.await else {
+                return;
+            };
             let Ok(mut connection) = builder.handshake(stream).await else {
                 return;
             };
@@ -507,4 +527,41 @@ fn a_body_that_breaks_off_is_not_whole_at_the_service() {
     assert!(take(&ends, "half a body").is_none());
     drop(visitor);
     assert!(take(&ends, "the end of the body").is_some());
+}
+
+#[test]
+fn over_tls_http2_is_agreed_upon() {
+    let key = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let serve = |alpn: &'static [u8]| {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![key.cert.der().clone()],
+                rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der())
+                    .unwrap(),
+            )
+            .unwrap();
+        config.alpn_protocols = vec![alpn.to_vec()];
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        service_on(builder(), move |stream| acceptor.accept(stream), echo)
+    };
+    let server = Server::with(port_range(4), &[]);
+    let settings = [("local.protocol", "h2c"), ("local.tls.insecure", "true")];
+    for (id, alpn, status) in [("h2", &b"h2"[..], 200), ("http1", b"http/1.1", 502)] {
+        let url = format!("https://{}", serve(alpn));
+        let process = server.start_agent(id, &url, &settings);
+        let line = process.wait_for(&["connected", "port="]);
+        let rest = line.split("port=").nth(1).unwrap();
+        let port = rest.split_whitespace().next().unwrap().parse().unwrap();
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        let answer = get(address, "/");
+        assert_eq!(answer.status, status, "{id}");
+        if status == 200 {
+            let asked = format!("GET https://{address}/");
+            assert_eq!(answer.header("x-asked"), [&asked[..]]);
+        }
+    }
 }
