@@ -23,30 +23,22 @@ pub(super) const PIECE_ROWS: usize = 80;
 const FRESH: Duration = Duration::from_millis(50);
 
 /// `{"agents":[...],"count":N}`, rendered as it is sent, from one snapshot: the members are those
-/// of one moment, the live figures those of the moment each piece is written.
+/// of one moment, the live figures those of the moment each piece is written, or of 50 ms before
+/// where there is more than one piece.
 pub(super) struct AgentList {
     snapshot: Arc<Snapshot>,
-    /// Where pieces are taken from and left, if they may be shared.
-    shared: Option<Arc<SharedPieces>>,
+    /// Where pieces are taken from and left.
+    shared: Arc<SharedPieces>,
     /// The next piece's number.
     next: usize,
 }
 
 impl AgentList {
-    /// The list with the figures of the moment.
-    pub(super) fn new(snapshot: Arc<Snapshot>) -> Self {
+    /// The list, its pieces shared with all who get it at the same time.
+    pub(super) fn new(snapshot: Arc<Snapshot>, shared: Arc<SharedPieces>) -> Self {
         Self {
             snapshot,
-            shared: None,
-            next: 0,
-        }
-    }
-
-    /// The list for one of many who get it at the same time. The figures may be 50 ms old.
-    pub(super) fn shared(snapshot: Arc<Snapshot>, pieces: Arc<SharedPieces>) -> Self {
-        Self {
-            snapshot,
-            shared: Some(pieces),
+            shared,
             next: 0,
         }
     }
@@ -63,11 +55,14 @@ impl AgentList {
         }
         let number = self.next;
         self.next += 1;
-        match &self.shared {
-            Some(shared) => shared.piece(&self.snapshot, number, || self.render(number)),
-            None => self.render(number),
-        }
-        .map(Some)
+        let piece = match self.pieces() {
+            // As fresh as can be, since it costs so little.
+            1 => self.render(number),
+            _ => self
+                .shared
+                .piece(&self.snapshot, number, || self.render(number)),
+        };
+        piece.map(Some)
     }
 
     fn render(&self, number: usize) -> serde_json::Result<Bytes> {
@@ -109,9 +104,9 @@ impl http_body::Body for AgentList {
     }
 }
 
-/// The pieces of the newest list, rendered once for all pollers whom a change has woken: for a
-/// thousand of them and ten thousand agents the admin thread would have to write 4 GB of JSON
-/// otherwise. Holds one list at most, until the next one is asked for.
+/// The pieces of the newest list, rendered once for all pollers who come within 50 ms: for a
+/// thousand whom a change has woken, or who come each second, and ten thousand agents the admin
+/// thread would have to write 4 GB of JSON otherwise. Holds one list at most, until the next one is asked for.
 #[derive(Debug, Default)]
 pub(super) struct SharedPieces {
     /// Used on the admin thread alone, while a piece is rendered.

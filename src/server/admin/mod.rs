@@ -5,8 +5,8 @@
 //! The list of agents is written in pieces, each when the poller has room for it: a poller that
 //! doesn't read holds a snapshot and a few pieces, however long the list is.
 //!
-//! A poller may wait for the list to change: he holds a connection and a place in a watch channel,
-//! and all who are woken by one change share what is rendered.
+//! What is rendered of a long list is shared by all who ask within 50 ms. A poller may also wait for the list to
+//! change: he holds a connection and a place in a watch channel.
 //!
 //! No answer ever carries a CORS header: a page in somebody's browser has no business here.
 
@@ -139,7 +139,7 @@ struct Context {
     bound: IpAddr,
     /// This start of the server, for tags.
     instance: u64,
-    /// For answers to those who waited.
+    /// For all who get the list.
     pieces: Arc<SharedPieces>,
 }
 
@@ -217,11 +217,7 @@ async fn agents(
             revision: snapshot.revision(),
         };
         if !tag.is_named(&headers) {
-            let list = match wait {
-                Some(_) => AgentList::shared(snapshot, context.pieces.clone()),
-                None => AgentList::new(snapshot),
-            };
-            return listed(list, tag);
+            return listed(AgentList::new(snapshot, context.pieces.clone()), tag);
         }
         tokio::select! {
             biased;
