@@ -27,6 +27,7 @@ use futures_util::future::poll_fn;
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+use tokio_util::io::poll_read_buf;
 use tracing::{debug, warn};
 
 use super::http2::{self, Caller};
@@ -308,25 +309,25 @@ impl Visitor {
 
     /// Waits for more to come; 0 when the visitor sends nothing more.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        loop {
-            ready!(self.stream.poll_read_ready(cx))?;
-            if self.room() < self.read_size / 4 {
-                // Free if nothing of the buffer is in use any more.
-                self.input.reserve(self.read_size);
-            }
-            match self.stream.try_read_buf(&mut self.input) {
-                Ok(read) => {
-                    self.read_size = match self.room() {
-                        0 => LARGE_READ,
-                        _ if read < SMALL_READ => SMALL_READ,
-                        _ => self.read_size,
-                    };
-                    return Poll::Ready(Ok(read));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
+        // A connection with nothing to read needs no buffer.
+        ready!(self.stream.poll_read_ready(cx))?;
+        if self.room() < self.read_size / 4 {
+            // Free if nothing of the buffer is in use any more.
+            self.input.reserve(self.read_size);
         }
+        // Unlike `try_read_buf`, this takes a buffer that wasn't filled for a socket without more,
+        // which spares a system call for each request.
+        let read = ready!(poll_read_buf(
+            Pin::new(&mut self.stream),
+            cx,
+            &mut self.input
+        ))?;
+        self.read_size = match self.room() {
+            0 => LARGE_READ,
+            _ if read < SMALL_READ => SMALL_READ,
+            _ => self.read_size,
+        };
+        Poll::Ready(Ok(read))
     }
 
     fn room(&self) -> usize {
