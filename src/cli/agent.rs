@@ -1,7 +1,6 @@
 //! `silo-proxy agent`: keeps a local service reachable through a server, until told to stop.
 
 use std::path::PathBuf;
-use std::pin::pin;
 use std::sync::{Arc, mpsc};
 
 use super::notify::Manager;
@@ -113,17 +112,18 @@ pub(super) fn run(args: AgentArgs) -> Outcome {
         let mut hangup = told_to_reload()?;
         // A server that is away is no fault of this process: it is ready once it tries.
         manager.ready("connecting");
-        let mut running = pin!(agent.run(async {
+        // In a task of its own: tokio looks for events twice for whatever wakes the outermost one.
+        let mut running = tokio::spawn(agent.run(async move {
             stop.await;
             manager.stopping();
         }));
         loop {
             tokio::select! {
-                () = &mut running => return Ok(()),
+                ended = &mut running => return ended.map_err(Failure::failed),
                 _ = hangup.recv() => {
                     // A file that takes its time holds no signal up.
                     let config = tokio::select! {
-                        () = &mut running => return Ok(()),
+                        ended = &mut running => return ended.map_err(Failure::failed),
                         config = tokio::task::spawn_blocking(load.clone()) => config,
                     };
                     if let Ok(config) = config {
