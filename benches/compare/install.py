@@ -13,7 +13,14 @@ from process import Failed
 
 RATHOLE_VERSION = "0.5.0"
 
-DEBIAN = {"nginx": "nginx", "haproxy": "haproxy", "wrk": "wrk", "ab": "apache2-utils", "curl": "curl"}
+DEBIAN = {
+    "nginx": "nginx",
+    "haproxy": "haproxy",
+    "wrk": "wrk",
+    "ab": "apache2-utils",
+    "curl": "curl",
+    "perf": "linux-perf",
+}
 """Program to Debian package."""
 
 
@@ -23,9 +30,8 @@ def add_sbin_to_path() -> None:
     os.environ["PATH"] = ":".join(paths + [path for path in ("/usr/sbin", "/sbin") if path not in paths])
 
 
-def debian_packages(peers: set[str]) -> None:
-    """Installs what is missing of the Debian packages, or says how and ends."""
-    needed = {"nginx", "wrk", "ab", "curl"} | ({"haproxy"} & peers)
+def debian_packages(needed: set[str]) -> None:
+    """Installs what is missing of the programs' Debian packages, or says how and ends."""
     missing = sorted({DEBIAN[program] for program in needed if shutil.which(program) is None})
     if not missing:
         return

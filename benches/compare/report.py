@@ -211,15 +211,17 @@ def tidy(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", "/").strip().rstrip(".")
 
 
-def has_block(file: Path) -> bool:
+def has_block(file: Path, marks: tuple[str, str] = (BEGIN, END)) -> bool:
     """Whether the file has the two marks, in order."""
+    begin, end = marks
     text = file.read_text() if file.is_file() else ""
-    return 0 <= text.find(BEGIN) < text.find(END)
+    return 0 <= text.find(begin) < text.find(end)
 
 
-def replace_block(file: Path, block: str) -> None:
+def replace_block(file: Path, block: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Puts the block between the two marks of the file."""
+    begin, end = marks
     text = file.read_text()
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    file.write_text(f"{head}{BEGIN}\n{block}\n{END}{tail}")
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    file.write_text(f"{head}{begin}\n{block}\n{end}{tail}")
