@@ -2,9 +2,10 @@
 //!
 //! A target is a function from bytes to nothing that panics when something is wrong. Each stands in
 //! the room it tries: [`mux::fuzz`](crate::mux::fuzz), [`ports::fuzz`](crate::ports::fuzz),
-//! [`http1::fuzz`](crate::http1::fuzz), [`config::fuzz`](crate::config::fuzz) and
-//! [`wire::fuzz`](crate::wire::fuzz). They are compiled for tests, and where `cfg(fuzzing)` is set:
-//! nothing else ever sees them.
+//! [`http1::fuzz`](crate::http1::fuzz), [`config::fuzz`](crate::config::fuzz),
+//! [`wire::fuzz`](crate::wire::fuzz), and [`server::fuzz`](crate::server::fuzz) with
+//! [`agent::fuzz`](crate::agent::fuzz) as its far end. They are compiled for tests, and where
+//! `cfg(fuzzing)` is set: nothing else ever sees them.
 
 /// Bytes taken as what a state machine is told, one small number after the other. Beyond the end
 /// all of them are 0.
@@ -51,6 +52,14 @@ impl<'a> Tape<'a> {
     /// Four bytes, the highest one first.
     pub fn long(&mut self) -> u32 {
         u32::from(self.word()) << 16 | u32::from(self.word())
+    }
+
+    /// One byte as a length, and as many bytes, or fewer where they end.
+    pub fn piece(&mut self) -> &'a [u8] {
+        let length = usize::from(self.byte()).min(self.0.len());
+        let (piece, rest) = self.0.split_at(length);
+        self.0 = rest;
+        piece
     }
 
     /// All that is left.

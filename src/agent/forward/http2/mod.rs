@@ -12,6 +12,9 @@
 mod exchange;
 mod request;
 
+#[cfg(any(test, fuzzing))]
+pub(super) use request::request;
+
 use std::io;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
