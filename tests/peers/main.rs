@@ -11,5 +11,6 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod chromium;
 mod program;
 mod websocket;
