@@ -278,6 +278,7 @@ fn seen_at(address: SocketAddr) -> Vec<String> {
         };
         let request = request.body(()).unwrap();
         tungstenite::client::client_with_config(request, connect(address), Some(config()))
+            .map_err(Box::new)
     };
 
     let (mut socket, answer) = open("/echo", "").unwrap();
@@ -329,7 +330,7 @@ fn seen_at(address: SocketAddr) -> Vec<String> {
         seen.push(format!("{path}: {:?}", socket.read()));
         end(socket);
     }
-    match open("/refuse", "") {
+    match open("/refuse", "").map_err(|error| *error) {
         Err(HandshakeError::Failure(tungstenite::Error::Http(answer))) => {
             let asks = answer.headers().get("www-authenticate").cloned();
             seen.push(format!("{} {asks:?}", answer.status()));
