@@ -70,5 +70,6 @@ impl<'a> Tape<'a> {
 
 #[cfg(test)]
 mod seeds;
+pub mod stream;
 #[cfg(test)]
 mod tests;

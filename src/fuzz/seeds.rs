@@ -8,6 +8,8 @@ use crate::id::ExchangeId;
 use crate::mux::{Frame, Reason};
 use crate::wire::{AgentMessage, Hello, Rejection, ServerMessage, Welcome};
 
+use super::stream::NAMES;
+
 /// The name of a file and what is in it.
 pub(super) type Seed = (String, Vec<u8>);
 
@@ -885,52 +887,108 @@ pub(super) fn http1() -> Vec<Seed> {
     seeds
 }
 
+/// What [`Said`](super::stream::Said) reads.
+fn said(lines: &[(&str, &str)]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let piece = |bytes: &mut Vec<u8>, text: &str| {
+        bytes.push(text.len() as u8);
+        bytes.extend_from_slice(text.as_bytes());
+    };
+    for (name, value) in lines {
+        match NAMES.iter().position(|known| known == name) {
+            Some(number) => bytes.push(number as u8 + 2),
+            None if *name == "DATA" => bytes.push(0),
+            None => {
+                bytes.push(1);
+                piece(&mut bytes, name);
+            }
+        }
+        piece(&mut bytes, value);
+    }
+    bytes
+}
+
+/// Answers in HTTP/2, as [`agent::fuzz`](crate::agent::fuzz) reads them.
+pub(super) fn http2_answers() -> Vec<Seed> {
+    let status = |status, more: &[(&'static str, &'static str)]| {
+        [&[0][..], &said(&[&[(":status", status)], more].concat())].concat()
+    };
+    let ok = |more: &[(&'static str, &'static str)]| status("200", more);
+    let to_head = |mut answer: Vec<u8>| {
+        answer[0] = 1;
+        answer
+    };
+    let hello = ("DATA", "hello");
+    [
+        ("bodiless", ok(&[])),
+        ("body", ok(&[("x", "y"), hello])),
+        (
+            "length",
+            ok(&[("content-length", "5"), ("DATA", "he"), ("DATA", "llo")]),
+        ),
+        ("length-short", ok(&[("content-length", "6"), hello])),
+        ("length-long", ok(&[("content-length", "4"), hello])),
+        ("length-none", ok(&[("content-length", "5")])),
+        ("length-0", ok(&[("content-length", "0"), ("DATA", "")])),
+        (
+            "two-lengths",
+            ok(&[("content-length", "5"), ("content-length", "5"), hello]),
+        ),
+        ("length-list", ok(&[("content-length", "5, 5"), hello])),
+        (
+            "body-like-an-answer",
+            ok(&[("DATA", "HTTP/1.1 200 OK\r\n\r\n")]),
+        ),
+        ("trailers", ok(&[hello, ("x", "1"), ("grpc-status", "0")])),
+        ("trailers-only", ok(&[("DATA", ""), ("x", "1")])),
+        (
+            "trailers-that-frame",
+            ok(&[
+                hello,
+                ("content-length", "9"),
+                ("transfer-encoding", "chunked"),
+            ]),
+        ),
+        (
+            "trailers-after-length",
+            ok(&[("content-length", "5"), hello, ("x", "1")]),
+        ),
+        ("status-in-trailers", ok(&[hello, (":status", "200")])),
+        ("204", status("204", &[])),
+        ("204-with-length", status("204", &[("content-length", "5")])),
+        ("204-with-body", status("204", &[hello])),
+        ("304-with-length", status("304", &[("content-length", "5")])),
+        ("304-with-body", status("304", &[hello])),
+        ("205", status("205", &[("content-length", "0")])),
+        ("100", status("100", &[])),
+        ("101", status("101", &[("upgrade", "websocket")])),
+        ("103", status("103", &[("link", "</a>")])),
+        ("426", status("426", &[("upgrade", "websocket"), hello])),
+        ("999", status("999", &[])),
+        ("099", status("099", &[])),
+        ("status-text", status("200 OK", &[])),
+        ("two-statuses", ok(&[(":status", "404")])),
+        ("path", ok(&[(":path", "/")])),
+        ("connection", ok(&[("connection", "close")])),
+        (
+            "transfer-encoding",
+            ok(&[("transfer-encoding", "chunked"), ("DATA", "0\r\n\r\n")]),
+        ),
+        ("line-in-value", ok(&[("x", "y\r\nz: w")])),
+        ("padded-value", ok(&[("x", " y ")])),
+        ("no-ascii", ok(&[("x", "\u{e9}")])),
+        ("head", to_head(ok(&[("content-length", "5")]))),
+        ("head-with-body", to_head(ok(&[hello]))),
+        ("head-204", to_head(status("204", &[]))),
+    ]
+    .into_iter()
+    .map(|(name, bytes)| seed(name, bytes))
+    .collect()
+}
+
 /// Requests in HTTP/2, as [`server::fuzz`](crate::server::fuzz) reads them.
 pub(super) fn http2() -> Vec<Seed> {
-    // The numbers of its names.
-    const NAMES: [&str; 23] = [
-        "DATA",
-        "ANY",
-        ":method",
-        ":scheme",
-        ":authority",
-        ":path",
-        "host",
-        "content-length",
-        "transfer-encoding",
-        "connection",
-        "keep-alive",
-        "upgrade",
-        "te",
-        "trailer",
-        "expect",
-        "cookie",
-        "x-forwarded-for",
-        "x-forwarded-host",
-        "x_forwarded_proto",
-        "x-request-id",
-        "forwarded",
-        ":protocol",
-        ":status",
-    ];
-    let of = |lines: &[(&str, &str)]| {
-        let mut bytes = Vec::new();
-        let piece = |bytes: &mut Vec<u8>, text: &str| {
-            bytes.push(text.len() as u8);
-            bytes.extend_from_slice(text.as_bytes());
-        };
-        for (name, value) in lines {
-            match NAMES.iter().position(|known| known == name) {
-                Some(number) => bytes.push(number as u8),
-                None => {
-                    bytes.push(1);
-                    piece(&mut bytes, name);
-                }
-            }
-            piece(&mut bytes, value);
-        }
-        bytes
-    };
+    let of = said;
     let asked = |method, path, more: &[(&'static str, &'static str)]| {
         let pseudo = [
             (":method", method),

@@ -33,6 +33,12 @@ fn http2() {
 }
 
 #[test]
+fn http2_answers() {
+    let target = |data: &[u8]| agent::fuzz::answers(data, server::fuzz::answered);
+    replay("http2-answers", target, seeds::http2_answers(), 200);
+}
+
+#[test]
 fn config() {
     replay("config", config::fuzz::settings, seeds::config(), 8);
 }

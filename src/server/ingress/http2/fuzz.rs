@@ -1,5 +1,5 @@
-//! Requests as a visitor who speaks HTTP/2 may send them, and what a service that speaks HTTP/1
-//! is given for them.
+//! Requests as a visitor who speaks HTTP/2 may send them, with what a service that speaks HTTP/1
+//! is given for them; and answers off the tunnel, as a visitor who speaks HTTP/1 gets them.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -18,20 +18,19 @@ use http::HeaderMap;
 use http::request::Parts;
 use tokio::io::{AsyncWrite, DuplexStream, duplex};
 
+use super::super::reply::{Asked, Reply};
 use super::head::Head;
 use super::{PREFACE, Piece as Unsent, builder};
 use crate::config::{HttpConfig, ServerConfig, Sources};
 use crate::fuzz::Tape;
-use crate::head::RequestHead;
+use crate::fuzz::stream::{self, Line, Said};
+use crate::head::{RequestHead, ResponseHead};
 use crate::headers::{
     Framing, RequestIds, Version, check_request, forward_request, forward_trailers,
 };
-use crate::http1::{BodyDecoder, HeadLimits, HeadScan, Piece, parse_request};
+use crate::http1::{BodyDecoder, HeadLimits, HeadScan, Outgoing, Piece, parse_request};
 use crate::http2::{fields_of, joined_cookie};
 use crate::mux::Read;
-
-/// A line's name and value.
-type Line = (Vec<u8>, Vec<u8>);
 
 /// What an agent makes of a request: the bytes that the service gets, or none if it refuses.
 pub type FarEnd = fn(&RequestHead, Vec<Read>) -> Option<Vec<u8>>;
@@ -48,8 +47,8 @@ const LIMITS: HeadLimits = HeadLimits {
 /// are trailers. Whatever is let through has to be exactly one request to a strict reader of
 /// HTTP/1, the same one, and nothing in it may be the visitor's that he hasn't said.
 pub fn requests(data: &[u8], far_end: FarEnd) {
-    let said = Said::read(data);
-    let Some((parts, mut body, _connection)) = said.received() else {
+    let said = Said::read(Tape::new(data));
+    let Some((parts, mut body, _connection)) = received(&said) else {
         return;
     };
     let is_bodiless = body.is_end_stream();
@@ -64,164 +63,30 @@ pub fn requests(data: &[u8], far_end: FarEnd) {
     Seen::read(&written).compare(&parts, &bytes, trailers.as_ref());
 }
 
-/// What a visitor sends on one stream.
-struct Said {
-    head: Vec<Line>,
-    body: Vec<Vec<u8>>,
-    trailers: Vec<Line>,
+/// What h2 takes for the request, and the connection on which it is read.
+fn received(said: &Said) -> Option<(Parts, RecvStream, impl Sized + use<>)> {
+    let (mut visitor, socket) = duplex(ROOM);
+    let mut bytes = BytesMut::from(PREFACE);
+    stream::settings(&mut bytes);
+    said.write(&mut bytes);
+    send(&mut visitor, &bytes);
+    let cx = &mut Context::from_waker(Waker::noop());
+    let mut handshake = builder(&SETTINGS).handshake::<DuplexStream, Unsent>(socket);
+    let Poll::Ready(Ok(mut connection)) = Pin::new(&mut handshake).poll(cx) else {
+        panic!("no handshake");
+    };
+    let Poll::Ready(Some(Ok((request, respond)))) = connection.poll_accept(cx) else {
+        return None;
+    };
+    let (parts, body) = request.into_parts();
+    Some((parts, body, (visitor, connection, respond)))
 }
-
-impl Said {
-    fn read(data: &[u8]) -> Self {
-        let mut tape = Tape::new(data);
-        let mut said = Self {
-            head: Vec::new(),
-            body: Vec::new(),
-            trailers: Vec::new(),
-        };
-        while !tape.is_empty() {
-            let name = match tape.below(NAMES.len() as u8 + 2) {
-                0 => {
-                    said.body.push(tape.piece().to_vec());
-                    continue;
-                }
-                1 => tape.piece(),
-                known => NAMES[known - 2].as_bytes(),
-            };
-            let line = (name.to_vec(), tape.piece().to_vec());
-            if said.body.is_empty() {
-                said.head.push(line);
-            } else {
-                said.trailers.push(line);
-            }
-        }
-        said
-    }
-
-    /// The request, if h2 takes it for one, and the connection on which it is read.
-    fn received(&self) -> Option<(Parts, RecvStream, impl Sized + use<>)> {
-        let (mut visitor, socket) = duplex(ROOM);
-        send(&mut visitor, &self.frames());
-        let cx = &mut Context::from_waker(Waker::noop());
-        let mut handshake = builder(&SETTINGS).handshake::<DuplexStream, Unsent>(socket);
-        let Poll::Ready(Ok(mut connection)) = Pin::new(&mut handshake).poll(cx) else {
-            panic!("no handshake");
-        };
-        let Poll::Ready(Some(Ok((request, respond)))) = connection.poll_accept(cx) else {
-            return None;
-        };
-        let (parts, body) = request.into_parts();
-        Some((parts, body, (visitor, connection, respond)))
-    }
-
-    /// The bytes of a connection with this one request.
-    fn frames(&self) -> BytesMut {
-        let mut out = BytesMut::from(PREFACE);
-        frame(&mut out, SETTINGS_FRAME, 0, 0, b"");
-        let is_last = self.body.is_empty() && self.trailers.is_empty();
-        section(&mut out, &self.head, is_last);
-        for (number, piece) in self.body.iter().enumerate() {
-            let is_last = number + 1 == self.body.len() && self.trailers.is_empty();
-            let flags = if is_last { END_STREAM } else { 0 };
-            frame(&mut out, DATA, flags, 1, piece);
-        }
-        if !self.trailers.is_empty() {
-            section(&mut out, &self.trailers, true);
-        }
-        out
-    }
-}
-
-/// Names that are one byte of an input each: those that mean something to somebody.
-const NAMES: &[&str] = &[
-    ":method",
-    ":scheme",
-    ":authority",
-    ":path",
-    "host",
-    "content-length",
-    "transfer-encoding",
-    "connection",
-    "keep-alive",
-    "upgrade",
-    "te",
-    "trailer",
-    "expect",
-    "cookie",
-    "x-forwarded-for",
-    "x-forwarded-host",
-    "x_forwarded_proto",
-    "x-request-id",
-    "forwarded",
-    ":protocol",
-    ":status",
-];
 
 /// More than any input becomes.
 const ROOM: usize = 1 << 20;
 
 static SETTINGS: LazyLock<HttpConfig> =
     LazyLock::new(|| ServerConfig::load(&Sources::none()).unwrap().http);
-
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const SETTINGS_FRAME: u8 = 4;
-const CONTINUATION: u8 = 9;
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
-
-/// Appends a frame (RFC 9113, section 4.1).
-fn frame(out: &mut BytesMut, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
-    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-    out.extend_from_slice(&length[1..]);
-    out.extend_from_slice(&[kind, flags]);
-    out.extend_from_slice(&stream.to_be_bytes());
-    out.extend_from_slice(payload);
-}
-
-/// Appends lines, in as many frames as they need.
-fn section(out: &mut BytesMut, lines: &[Line], is_last: bool) {
-    /// The least that every peer takes in one frame.
-    const MAX_FRAME: usize = 16_384;
-    let mut block = Vec::new();
-    for (name, value) in lines {
-        // Not indexed, and with a name of its own (RFC 7541, section 6.2.2).
-        block.push(0);
-        for text in [name, value] {
-            put_length(&mut block, text.len());
-            block.extend_from_slice(text);
-        }
-    }
-    let mut pieces: Vec<&[u8]> = block.chunks(MAX_FRAME).collect();
-    if pieces.is_empty() {
-        pieces.push(&[]);
-    }
-    for (number, piece) in pieces.iter().enumerate() {
-        let (kind, first) = match number {
-            0 => (HEADERS, if is_last { END_STREAM } else { 0 }),
-            _ => (CONTINUATION, 0),
-        };
-        let last = if number + 1 == pieces.len() {
-            END_HEADERS
-        } else {
-            0
-        };
-        frame(out, kind, first | last, 1, piece);
-    }
-}
-
-/// Appends a length with a prefix of seven bits (RFC 7541, section 5.1).
-fn put_length(block: &mut Vec<u8>, length: usize) {
-    let Some(mut rest) = length.checked_sub(127) else {
-        return block.push(length as u8);
-    };
-    block.push(127);
-    while rest >= 128 {
-        block.push((rest % 128) as u8 | 128);
-        rest /= 128;
-    }
-    block.push(rest as u8);
-}
 
 fn send(visitor: &mut DuplexStream, bytes: &[u8]) {
     let cx = &mut Context::from_waker(Waker::noop());
@@ -366,6 +231,34 @@ impl Seen {
             assert!(sent.contains(line), "{line:?}");
         }
     }
+}
+
+/// The bytes of an answer and of the interim ones before it, on a connection that can be used
+/// again.
+pub fn answered(
+    interim: &[ResponseHead],
+    head: &ResponseHead,
+    body: Vec<Read>,
+    to_head: bool,
+) -> Vec<u8> {
+    let asked = Asked {
+        version: Version::Http11,
+        to_head,
+        persistent: true,
+    };
+    let mut out = Outgoing::default();
+    for head in interim {
+        Reply::interim(&mut out, head);
+    }
+    let mut reply = Reply::begin(&mut out, asked, head, None)
+        .unwrap_or_else(|error| panic!("{error}: {head:?}"));
+    for read in body {
+        reply
+            .take(&mut out, read)
+            .expect("the length that the head declares");
+    }
+    assert!(reply.is_complete() && reply.persistent && !reply.ends_by_close());
+    out.into_bytes()
 }
 
 fn owned((name, value): (&[u8], &[u8])) -> Line {
