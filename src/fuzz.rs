@@ -2,9 +2,10 @@
 //!
 //! A target is a function from bytes to nothing that panics when something is wrong. Each stands in
 //! the room it tries: [`mux::fuzz`](crate::mux::fuzz), [`ports::fuzz`](crate::ports::fuzz),
-//! [`http1::fuzz`](crate::http1::fuzz), [`config::fuzz`](crate::config::fuzz) and
-//! [`wire::fuzz`](crate::wire::fuzz). They are compiled for tests, and where `cfg(fuzzing)` is set:
-//! nothing else ever sees them.
+//! [`http1::fuzz`](crate::http1::fuzz), [`config::fuzz`](crate::config::fuzz),
+//! [`wire::fuzz`](crate::wire::fuzz), and [`server::fuzz`](crate::server::fuzz) with
+//! [`agent::fuzz`](crate::agent::fuzz) as its far end. They are compiled for tests, and where
+//! `cfg(fuzzing)` is set: nothing else ever sees them.
 
 /// Bytes taken as what a state machine is told, one small number after the other. Beyond the end
 /// all of them are 0.
@@ -53,6 +54,14 @@ impl<'a> Tape<'a> {
         u32::from(self.word()) << 16 | u32::from(self.word())
     }
 
+    /// One byte as a length, and as many bytes, or fewer where they end.
+    pub fn piece(&mut self) -> &'a [u8] {
+        let length = usize::from(self.byte()).min(self.0.len());
+        let (piece, rest) = self.0.split_at(length);
+        self.0 = rest;
+        piece
+    }
+
     /// All that is left.
     pub fn rest(self) -> &'a [u8] {
         self.0
@@ -61,5 +70,6 @@ impl<'a> Tape<'a> {
 
 #[cfg(test)]
 mod seeds;
+pub mod stream;
 #[cfg(test)]
 mod tests;

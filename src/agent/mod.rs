@@ -36,6 +36,8 @@ use crate::id::{AgentId, Generation};
 use crate::net::tls::{AgentTls, Failed, Refused, TlsFault};
 use crate::wire::RejectionReason;
 
+#[cfg(any(test, fuzzing))]
+pub use forward::fuzz;
 use forward::{Forwarder, Service};
 use reconnect::Reconnect;
 

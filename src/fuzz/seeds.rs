@@ -8,6 +8,8 @@ use crate::id::ExchangeId;
 use crate::mux::{Frame, Reason};
 use crate::wire::{AgentMessage, Hello, Rejection, ServerMessage, Welcome};
 
+use super::stream::NAMES;
+
 /// The name of a file and what is in it.
 pub(super) type Seed = (String, Vec<u8>);
 
@@ -883,6 +885,287 @@ pub(super) fn http1() -> Vec<Seed> {
         seed("too-many-lines", of(0, 2, &format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "X: y\r\n".repeat(17)))),
     ]);
     seeds
+}
+
+/// What [`Said`](super::stream::Said) reads.
+fn said(lines: &[(&str, &str)]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let piece = |bytes: &mut Vec<u8>, text: &str| {
+        bytes.push(text.len() as u8);
+        bytes.extend_from_slice(text.as_bytes());
+    };
+    for (name, value) in lines {
+        match NAMES.iter().position(|known| known == name) {
+            Some(number) => bytes.push(number as u8 + 2),
+            None if *name == "DATA" => bytes.push(0),
+            None => {
+                bytes.push(1);
+                piece(&mut bytes, name);
+            }
+        }
+        piece(&mut bytes, value);
+    }
+    bytes
+}
+
+/// Answers in HTTP/2, as [`agent::fuzz`](crate::agent::fuzz) reads them.
+pub(super) fn http2_answers() -> Vec<Seed> {
+    let status = |status, more: &[(&'static str, &'static str)]| {
+        [&[0][..], &said(&[&[(":status", status)], more].concat())].concat()
+    };
+    let ok = |more: &[(&'static str, &'static str)]| status("200", more);
+    let to_head = |mut answer: Vec<u8>| {
+        answer[0] = 1;
+        answer
+    };
+    let hello = ("DATA", "hello");
+    [
+        ("bodiless", ok(&[])),
+        ("body", ok(&[("x", "y"), hello])),
+        (
+            "length",
+            ok(&[("content-length", "5"), ("DATA", "he"), ("DATA", "llo")]),
+        ),
+        ("length-short", ok(&[("content-length", "6"), hello])),
+        ("length-long", ok(&[("content-length", "4"), hello])),
+        ("length-none", ok(&[("content-length", "5")])),
+        ("length-0", ok(&[("content-length", "0"), ("DATA", "")])),
+        (
+            "two-lengths",
+            ok(&[("content-length", "5"), ("content-length", "5"), hello]),
+        ),
+        ("length-list", ok(&[("content-length", "5, 5"), hello])),
+        (
+            "body-like-an-answer",
+            ok(&[("DATA", "HTTP/1.1 200 OK\r\n\r\n")]),
+        ),
+        ("trailers", ok(&[hello, ("x", "1"), ("grpc-status", "0")])),
+        ("trailers-only", ok(&[("DATA", ""), ("x", "1")])),
+        (
+            "trailers-that-frame",
+            ok(&[
+                hello,
+                ("content-length", "9"),
+                ("transfer-encoding", "chunked"),
+            ]),
+        ),
+        (
+            "trailers-after-length",
+            ok(&[("content-length", "5"), hello, ("x", "1")]),
+        ),
+        ("status-in-trailers", ok(&[hello, (":status", "200")])),
+        ("204", status("204", &[])),
+        ("204-with-length", status("204", &[("content-length", "5")])),
+        ("204-with-body", status("204", &[hello])),
+        ("304-with-length", status("304", &[("content-length", "5")])),
+        ("304-with-body", status("304", &[hello])),
+        ("205", status("205", &[("content-length", "0")])),
+        ("100", status("100", &[])),
+        ("101", status("101", &[("upgrade", "websocket")])),
+        ("103", status("103", &[("link", "</a>")])),
+        ("426", status("426", &[("upgrade", "websocket"), hello])),
+        ("999", status("999", &[])),
+        ("099", status("099", &[])),
+        ("status-text", status("200 OK", &[])),
+        ("two-statuses", ok(&[(":status", "404")])),
+        ("path", ok(&[(":path", "/")])),
+        ("connection", ok(&[("connection", "close")])),
+        (
+            "transfer-encoding",
+            ok(&[("transfer-encoding", "chunked"), ("DATA", "0\r\n\r\n")]),
+        ),
+        ("line-in-value", ok(&[("x", "y\r\nz: w")])),
+        ("padded-value", ok(&[("x", " y ")])),
+        ("no-ascii", ok(&[("x", "\u{e9}")])),
+        ("head", to_head(ok(&[("content-length", "5")]))),
+        ("head-with-body", to_head(ok(&[hello]))),
+        ("head-204", to_head(status("204", &[]))),
+    ]
+    .into_iter()
+    .map(|(name, bytes)| seed(name, bytes))
+    .collect()
+}
+
+/// Requests in HTTP/2, as [`server::fuzz`](crate::server::fuzz) reads them.
+pub(super) fn http2() -> Vec<Seed> {
+    let of = said;
+    let asked = |method, path, more: &[(&'static str, &'static str)]| {
+        let pseudo = [
+            (":method", method),
+            (":scheme", "http"),
+            (":authority", "a:80"),
+            (":path", path),
+        ];
+        of(&[&pseudo[..], more].concat())
+    };
+    let get = |more: &[(&'static str, &'static str)]| asked("GET", "/a?b=%2f", more);
+    let post = |more: &[(&'static str, &'static str)]| asked("POST", "/", more);
+    let crumb = ("cookie", "a=1");
+    [
+        ("get", get(&[])),
+        ("head", asked("HEAD", "/", &[])),
+        ("asterisk", asked("OPTIONS", "*", &[])),
+        ("asterisk-get", asked("GET", "*", &[])),
+        ("absolute", asked("GET", "http://b/", &[])),
+        (
+            "no-path",
+            of(&[(":method", "GET"), (":scheme", "http"), (":authority", "a")]),
+        ),
+        ("blank-in-path", asked("GET", "/ HTTP/1.1", &[])),
+        ("line-in-path", asked("GET", "/\r\nX: y", &[])),
+        ("fragment", asked("GET", "/a#b", &[])),
+        ("no-ascii-in-path", asked("GET", "/\u{e9}", &[])),
+        ("blank-in-method", asked("GET /x", "/", &[])),
+        (
+            "connect",
+            of(&[(":method", "CONNECT"), (":authority", "a:443")]),
+        ),
+        (
+            "extended-connect",
+            of(&[
+                (":method", "CONNECT"),
+                (":protocol", "websocket"),
+                (":scheme", "http"),
+                (":authority", "a"),
+                (":path", "/"),
+            ]),
+        ),
+        (
+            "no-authority",
+            of(&[
+                (":method", "GET"),
+                (":scheme", "http"),
+                (":path", "/"),
+                ("host", "b"),
+            ]),
+        ),
+        (
+            "no-host-at-all",
+            of(&[(":method", "GET"), (":scheme", "http"), (":path", "/")]),
+        ),
+        ("host-too", get(&[("host", "A:80")])),
+        ("other-host", get(&[("host", "b")])),
+        (
+            "user-in-authority",
+            of(&[
+                (":method", "GET"),
+                (":scheme", "http"),
+                (":authority", "u@a"),
+                (":path", "/"),
+            ]),
+        ),
+        (
+            "ipv6-authority",
+            of(&[
+                (":method", "GET"),
+                (":scheme", "http"),
+                (":authority", "[::1]:80"),
+                (":path", "/"),
+            ]),
+        ),
+        ("crumbs", get(&[crumb, ("cookie", "b=2"), ("cookie", "")])),
+        ("te", get(&[("te", "trailers")])),
+        ("te-gzip", get(&[("te", "gzip")])),
+        (
+            "expect",
+            post(&[
+                ("expect", "100-continue"),
+                ("content-length", "2"),
+                ("DATA", "hi"),
+            ]),
+        ),
+        (
+            "forwarded",
+            get(&[
+                ("x-forwarded-for", "1.2.3.4"),
+                ("x_forwarded_proto", "https"),
+            ]),
+        ),
+        ("request-id", get(&[("x-request-id", "mine")])),
+        ("connection", get(&[("connection", "close")])),
+        ("upgrade", get(&[("upgrade", "websocket")])),
+        (
+            "transfer-encoding",
+            post(&[("transfer-encoding", "chunked"), ("DATA", "0\r\n\r\n")]),
+        ),
+        ("upper-case", get(&[("X-Upper", "y")])),
+        ("blank-in-name", get(&[("x y", "z")])),
+        ("colon-in-name", get(&[("x:y", "z")])),
+        ("line-in-value", get(&[("x", "y\r\nhost: b")])),
+        ("padded-value", get(&[("x", " y\t")])),
+        ("no-ascii-in-value", get(&[("x", "\u{e9}")])),
+        (
+            "late-pseudo",
+            of(&[
+                (":method", "GET"),
+                ("x", "y"),
+                (":scheme", "http"),
+                (":path", "/"),
+            ]),
+        ),
+        ("status", get(&[(":status", "200")])),
+        (
+            "length",
+            post(&[("content-length", "5"), ("DATA", "he"), ("DATA", "llo")]),
+        ),
+        (
+            "length-short",
+            post(&[("content-length", "5"), ("DATA", "hell")]),
+        ),
+        (
+            "length-long",
+            post(&[("content-length", "5"), ("DATA", "hello!")]),
+        ),
+        ("length-none", post(&[("content-length", "5")])),
+        ("length-0", post(&[("content-length", "0"), ("DATA", "")])),
+        (
+            "length-plus",
+            post(&[("content-length", "+5"), ("DATA", "hello")]),
+        ),
+        (
+            "two-lengths",
+            post(&[
+                ("content-length", "5"),
+                ("content-length", "5"),
+                ("DATA", "hello"),
+            ]),
+        ),
+        ("no-length", post(&[("DATA", "hello")])),
+        (
+            "get-with-body",
+            get(&[("DATA", "GET / HTTP/1.1\r\nHost: a\r\n\r\n")]),
+        ),
+        (
+            "trailers",
+            post(&[
+                ("trailer", "x"),
+                ("DATA", "hello"),
+                ("x", "1"),
+                ("grpc-status", "0"),
+            ]),
+        ),
+        ("trailers-only", post(&[("DATA", ""), ("x", "1")])),
+        (
+            "trailers-that-frame",
+            post(&[
+                ("DATA", "hello"),
+                ("content-length", "9"),
+                ("host", "b"),
+                ("x", "1\r\n\r\n"),
+            ]),
+        ),
+        (
+            "trailers-pseudo",
+            post(&[("DATA", "hello"), (":path", "/b")]),
+        ),
+        (
+            "length-and-trailers",
+            post(&[("content-length", "2"), ("DATA", "hi"), ("x", "1")]),
+        ),
+    ]
+    .into_iter()
+    .map(|(name, bytes)| seed(name, bytes))
+    .collect()
 }
 
 /// Files of settings, and variables after a 0.

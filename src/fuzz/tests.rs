@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::{env, fs, thread};
 
 use super::seeds::{self, Seed};
-use crate::{config, http1, mux, ports, wire};
+use crate::{agent, config, http1, mux, ports, server, wire};
 
 #[test]
 fn frames() {
@@ -24,6 +24,18 @@ fn ports() {
 #[test]
 fn http1() {
     replay("http1", http1::fuzz::messages, seeds::http1(), 200);
+}
+
+#[test]
+fn http2() {
+    let target = |data: &[u8]| server::fuzz::requests(data, agent::fuzz::written);
+    replay("http2", target, seeds::http2(), 200);
+}
+
+#[test]
+fn http2_answers() {
+    let target = |data: &[u8]| agent::fuzz::answers(data, server::fuzz::answered);
+    replay("http2-answers", target, seeds::http2_answers(), 200);
 }
 
 #[test]

@@ -80,6 +80,14 @@ impl Outgoing {
         self.text.advance(left.min(self.text.len()));
     }
 
+    /// All that waits.
+    #[cfg(any(test, fuzzing))]
+    pub fn into_bytes(self) -> Vec<u8> {
+        let mut bytes = self.parts.into_iter().collect::<Vec<_>>().concat();
+        bytes.extend_from_slice(&self.text);
+        bytes
+    }
+
     /// Gives memory back that isn't in use.
     pub fn shrink(&mut self) {
         if self.is_empty() {

@@ -22,6 +22,9 @@ mod state_file;
 mod tenancy;
 mod worker;
 
+#[cfg(any(test, fuzzing))]
+pub use ingress::fuzz;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::io;

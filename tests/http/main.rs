@@ -19,5 +19,6 @@ mod continues;
 mod heads;
 mod leaving;
 mod programs;
+mod same;
 mod secure;
 mod truncation;

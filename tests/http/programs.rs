@@ -11,15 +11,15 @@ use crate::common::{PATIENCE, Server, connect, curl, eventually, have, port_rang
 use std::io::Write;
 
 /// An nginx of the test's own, ended when dropped.
-struct Nginx {
+pub(crate) struct Nginx {
     child: Child,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
     directory: tempfile::TempDir,
 }
 
 impl Nginx {
     /// With a `server` section that listens on the port and has these lines too.
-    fn start(lines: &str) -> Self {
+    pub(crate) fn start(lines: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let port = *port_range(1).start();
         let address = SocketAddr::from(([127, 0, 0, 1], port));
@@ -55,7 +55,7 @@ impl Nginx {
         }
     }
 
-    fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.directory.path()
     }
 }

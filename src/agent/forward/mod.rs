@@ -10,6 +10,8 @@
 
 mod connection;
 mod exchange;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod http2;
 mod request;
 mod service;

@@ -66,17 +66,29 @@ impl Upload {
         head: &RequestHead,
         cx: &mut Context<'_>,
     ) -> Result<Self, InvalidRequest> {
-        let first = match exchange.poll_read(cx) {
-            Poll::Ready(Read::End(None)) => return Self::bodiless(service, head),
+        match exchange.poll_read(cx) {
+            Poll::Ready(read) => Self::begin(service, head, read),
+            Poll::Pending => Self::begin(service, head, Read::Pending),
+        }
+    }
+
+    /// The request of a head, and of the `first` that has come of its body.
+    pub(super) fn begin(
+        service: &Service,
+        head: &RequestHead,
+        first: Read,
+    ) -> Result<Self, InvalidRequest> {
+        let first = match first {
+            Read::End(None) => return Self::bodiless(service, head),
             // What the visitor's side still sends belongs to another protocol, once the service
             // has agreed upon one.
-            Poll::Ready(Read::Data(_)) if offered(&head.lines).is_some() => {
+            Read::Data(_) if offered(&head.lines).is_some() => {
                 return Err(InvalidRequest::Early);
             }
             _ if offered(&head.lines).is_some() => return Self::bodiless(service, head),
             // A reset is found again by the next read.
-            Poll::Ready(Read::Reset(_) | Read::Pending) | Poll::Pending => None,
-            Poll::Ready(read) => Some(read),
+            Read::Reset(_) | Read::Pending => None,
+            read => Some(read),
         };
         let (mut out, facts) = start(service, head)?;
         let body = match facts.length {
@@ -169,7 +181,8 @@ impl Upload {
         Poll::Ready(self.take(read))
     }
 
-    fn take(&mut self, read: Read) -> Result<(), Broken> {
+    /// Takes a piece of the body, or its end.
+    pub(super) fn take(&mut self, read: Read) -> Result<(), Broken> {
         match (read, self.body) {
             (Read::Data(piece), Body::Length(left)) => {
                 let left = left.checked_sub(piece.len() as u64).ok_or(Broken::Length)?;

@@ -13,4 +13,6 @@ mod record;
 mod reply;
 
 pub(super) use connection::admit;
+#[cfg(any(test, fuzzing))]
+pub use http2::fuzz;
 pub(super) use place::Watched;

@@ -312,7 +312,7 @@ impl<'a> Stream<'a> {
 
     fn take_interim(&mut self, answer: Response<()>) -> Option<Attempt> {
         self.answered = true;
-        match self.head_of(&answer) {
+        match head_of(&answer, self.to_head) {
             // It has no meaning here (RFC 9113, section 8.6).
             Ok(head) if head.status == 101 => Some(self.fail("another protocol")),
             Ok(head) => {
@@ -326,7 +326,7 @@ impl<'a> Stream<'a> {
 
     fn take_head(&mut self, answer: Response<RecvStream>) -> Option<Attempt> {
         let (parts, body) = answer.into_parts();
-        let head = match self.head_of(&Response::from_parts(parts, ())) {
+        let head = match head_of(&Response::from_parts(parts, ()), self.to_head) {
             Ok(head) => head,
             Err(error) => return Some(self.fail(error)),
         };
@@ -340,16 +340,6 @@ impl<'a> Stream<'a> {
         }
         self.stage = Stage::Body(body);
         None
-    }
-
-    fn head_of(&self, answer: &Response<()>) -> Result<ResponseHead, String> {
-        let status = answer.status().as_u16();
-        let fields: Vec<_> = fields_of(answer.headers()).collect();
-        let lines = fields.iter().copied();
-        check_response(status, Version::Http11, self.to_head, lines.clone())
-            .map_err(|error| error.to_string())?;
-        let lines = forward_response(status, lines).map_err(|error| error.to_string())?;
-        Ok(ResponseHead { status, lines })
     }
 
     fn take_data(&mut self, data: Option<Result<Bytes, h2::Error>>) -> Option<Attempt> {
@@ -425,4 +415,18 @@ fn reason(error: &h2::Error) -> Reason {
         Some(h2::Reason::ENHANCE_YOUR_CALM) if error.is_reset() => Reason::Overloaded,
         _ => Reason::UpstreamError,
     }
+}
+
+/// The head of an answer, for the tunnel.
+pub(in crate::agent::forward) fn head_of(
+    answer: &Response<()>,
+    to_head: bool,
+) -> Result<ResponseHead, String> {
+    let status = answer.status().as_u16();
+    let fields: Vec<_> = fields_of(answer.headers()).collect();
+    let lines = fields.iter().copied();
+    check_response(status, Version::Http11, to_head, lines.clone())
+        .map_err(|error| error.to_string())?;
+    let lines = forward_response(status, lines).map_err(|error| error.to_string())?;
+    Ok(ResponseHead { status, lines })
 }

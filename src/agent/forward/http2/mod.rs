@@ -12,6 +12,9 @@
 mod exchange;
 mod request;
 
+#[cfg(any(test, fuzzing))]
+pub(super) use {exchange::head_of, h2::RecvStream, request::request};
+
 use std::io;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
@@ -213,7 +216,13 @@ async fn open(
     h2::client::Connection<ServiceStream, Bytes>,
 )> {
     let stream = shared.service.connect_for_http2().await?;
-    let exchanges = u32::try_from(shared.limits.max_workers).unwrap_or(u32::MAX);
+    let builder = builder(shared.limits.max_workers);
+    builder.handshake(stream).await.map_err(io::Error::other)
+}
+
+/// Nothing in it grows with what a service sends.
+pub(super) fn builder(exchanges: usize) -> Builder {
+    let exchanges = u32::try_from(exchanges).unwrap_or(u32::MAX);
     let mut builder = Builder::new();
     builder
         .enable_push(false)
@@ -224,5 +233,5 @@ async fn open(
         .max_header_list_size(MAX_HEAD)
         .max_send_buffer_size(MAX_UNSENT)
         .data_frame_budget(SMALL_FRAMES);
-    builder.handshake(stream).await.map_err(io::Error::other)
+    builder
 }

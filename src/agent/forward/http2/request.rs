@@ -21,7 +21,7 @@ const KEPT: usize = 16 * 1024;
 
 /// The head of a request, and what its lines say. What has no place in HTTP/2, such as a target
 /// that h2 knows no form of, is refused.
-pub(super) fn request(
+pub(in crate::agent::forward) fn request(
     service: &Service,
     head: &RequestHead,
 ) -> Result<(Request<()>, LineFacts), InvalidRequest> {

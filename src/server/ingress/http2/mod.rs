@@ -26,6 +26,8 @@
 //! answer. Whoever sends such, or parts of a head, and no request has an idle connection, which
 //! `http.idle_timeout` ends.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod head;
 mod piece;
 mod socket;
