@@ -32,9 +32,10 @@ fn serving(serve: impl Fn(Received, TcpStream) + Send + Sync + 'static) -> std::
 fn answer_with_body(request: &mut Received, stream: &mut TcpStream) {
     read_request_body(stream, request).unwrap();
     let length = request.body.len();
+    // It does close: a POST sent on it just then would be answered by 502.
     write!(
         stream,
-        "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n"
+        "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
     )
     .unwrap();
     stream.write_all(&request.body).unwrap();
