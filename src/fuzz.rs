@@ -3,7 +3,7 @@
 //! A target is a function from bytes to nothing that panics when something is wrong. Each stands in
 //! the room it tries: [`mux::fuzz`](crate::mux::fuzz), [`ports::fuzz`](crate::ports::fuzz),
 //! [`http1::fuzz`](crate::http1::fuzz), [`config::fuzz`](crate::config::fuzz),
-//! [`wire::fuzz`](crate::wire::fuzz), and [`server::fuzz`](crate::server::fuzz) with
+//! [`wire::fuzz`](crate::wire::fuzz), [`grpc::fuzz`](crate::grpc::fuzz), and [`server::fuzz`](crate::server::fuzz) with
 //! [`agent::fuzz`](crate::agent::fuzz) as its far end. They are compiled for tests, and where
 //! `cfg(fuzzing)` is set: nothing else ever sees them.
 

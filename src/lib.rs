@@ -23,7 +23,7 @@
 //! | 4 roles | [`server`] (registry, workers, ingress, admin), [`agent`] (reconnect, forward) |
 //! | 3 link | [`link`]: a session behind a short lock, and the tasks that wait for it |
 //! | 2 edges | [`config`], [`wire`] (Protocol Buffers), [`net`] (sockets, TLS, the acceptor), [`metrics`], [`telemetry`] |
-//! | 1 cores, no I/O, no clock | [`mux`] (the protocol), [`http1`] (HTTP/1 as values), [`http2`] (HTTP/2's heads), [`ports`] (who has which port), [`auth`] |
+//! | 1 cores, no I/O, no clock | [`mux`] (the protocol), [`grpc`] (the call that is to carry it), [`http1`] (HTTP/1 as values), [`http2`] (HTTP/2's heads), [`ports`] (who has which port), [`auth`] |
 //! | 0 words | [`id`], [`head`], [`headers`], [`cors`], [`backoff`] |
 //!
 //! # The way of one request
@@ -108,6 +108,7 @@ pub mod config;
 pub mod cors;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+pub mod grpc;
 pub mod head;
 pub mod headers;
 pub mod http1;

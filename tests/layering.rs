@@ -25,6 +25,7 @@ const ROOMS: &[(&str, u8)] = &[
     ("mux", 1),
     ("http1", 1),
     ("http2", 1),
+    ("grpc", 1),
     ("ports", 1),
     ("auth", 1),
     // Edges: one piece of the outside each.

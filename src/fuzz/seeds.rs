@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use prost::Message;
 
+use crate::grpc::tests::breaches;
 use crate::head::{Lines, LinesBuilder, RequestHead, ResponseHead};
 use crate::id::ExchangeId;
 use crate::mux::{Frame, Reason};
@@ -15,6 +16,18 @@ pub(super) type Seed = (String, Vec<u8>);
 
 fn seed(name: &str, bytes: impl Into<Vec<u8>>) -> Seed {
     (name.to_owned(), bytes.into())
+}
+
+/// What a peer says below the messages: whatever breaks a rule, to a server with a call and to a
+/// client, cut into pieces of three bytes.
+pub(super) fn tunnel() -> Vec<Seed> {
+    let seeds = |(name, bytes, _): (&str, Vec<u8>, _)| {
+        [("server", 1), ("client", 2)].map(|(to, how)| {
+            let name = format!("{to}-{}", name.replace([' ', '\''], "-"));
+            seed(&name, [&[how, 2], &bytes[..]].concat())
+        })
+    };
+    breaches().into_iter().flat_map(seeds).collect()
 }
 
 /// Messages off the wire.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::{env, fs, thread};
 
 use super::seeds::{self, Seed};
-use crate::{agent, config, http1, mux, ports, server, wire};
+use crate::{agent, config, grpc, http1, mux, ports, server, wire};
 
 #[test]
 fn frames() {
@@ -19,6 +19,11 @@ fn session() {
 #[test]
 fn ports() {
     replay("ports", ports::fuzz, seeds::ports(), 60);
+}
+
+#[test]
+fn tunnel() {
+    replay("tunnel", grpc::fuzz::call, seeds::tunnel(), 400);
 }
 
 #[test]
