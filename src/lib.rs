@@ -23,7 +23,7 @@
 //! | 4 roles | [`server`] (registry, workers, ingress, admin), [`agent`] (reconnect, forward) |
 //! | 3 link | [`link`]: a session behind a short lock, and the tasks that wait for it |
 //! | 2 edges | [`config`], [`wire`] (Protocol Buffers), [`net`] (sockets, TLS, the acceptor), [`metrics`], [`telemetry`] |
-//! | 1 cores, no I/O, no clock | [`mux`] (the protocol), [`grpc`] (the call that is to carry it), [`http1`] (HTTP/1 as values), [`http2`] (HTTP/2's heads), [`ports`] (who has which port), [`auth`] |
+//! | 1 cores, no I/O, no clock | [`mux`] (the protocol), [`grpc`] (the call that carries it), [`http1`] (HTTP/1 as values), [`http2`] (HTTP/2's heads), [`ports`] (who has which port), [`auth`] |
 //! | 0 words | [`id`], [`head`], [`headers`], [`cors`], [`backoff`] |
 //!
 //! # The way of one request
@@ -37,8 +37,8 @@
 //!    of its streams goes the same way with the same checks.
 //! 3. The exchange takes a slot in the session's slab; slab key and generation name it on the wire.
 //!    Its head waits for its turn in the session ([`mux::Session`]).
-//! 4. The stream's sender is woken. It takes whatever is ready, from all exchanges, as one batch
-//!    ([`mux::Session::transmit`]); [`wire`] makes a gRPC message of it; hyper and h2 send it.
+//! 4. The tunnel's task ([`link::Tunnel`]) is woken. It takes whatever is ready, from all exchanges, as one batch
+//!    ([`mux::Session::transmit`]); [`wire`] makes a gRPC message of it, and [`grpc`] a frame.
 //! 5. The agent's end does the same in reverse: its receiver finds the exchange, wakes the task of
 //!    a service connection that is idle (or a new one), and that sends the request to the service.
 //! 6. The answer comes back the same way: a small one as a single frame with head, body and end.

@@ -14,12 +14,9 @@ fn generated_code_matches_the_protocol_definition() {
     )
     .unwrap();
     let out = tempfile::tempdir().unwrap();
-    tonic_prost_build::configure()
-        .build_transport(false)
-        .emit_rerun_if_changed(false)
-        .bytes(".")
-        .btree_map(".")
-        .codec_path("crate::wire::TunnelCodec")
+    prost_build::Config::new()
+        .bytes(["."])
+        .btree_map(["."])
         .out_dir(out.path())
         .compile_fds(descriptors)
         .unwrap();

@@ -89,11 +89,6 @@ const RESERVED: &[Reserved] = &[
         reason: "only `wire` names prost: the cores' types don't depend on an encoding",
     },
     Reserved {
-        name: "tonic_prost",
-        places: &["src/wire"],
-        reason: "only `wire` names prost: the cores' types don't depend on an encoding",
-    },
-    Reserved {
         name: "http1",
         places: &[
             "src/http1",
@@ -658,7 +653,6 @@ mod rules {
                 "src/cli/mod.rs",
             ),
             ("use prost::Message;", "src/wire/mod.rs", "src/link/mod.rs"),
-            ("use tonic_prost::X;", "src/wire/mod.rs", "src/link/mod.rs"),
             (
                 "use hyper::body::Incoming;",
                 "src/link/http2.rs",

@@ -193,13 +193,22 @@ fn a_log_that_nobody_reads_holds_nobody_up() {
     agent.wait_for(&["connected", "port="]);
     let address = SocketAddr::from(([127, 0, 0, 1], *range.start()));
     let mut stream = connect(address);
+    // A visitor by HTTP/2, whose frames have several lines each: settings, then pings.
+    let mut noise = connect(address);
+    noise
+        .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+        .unwrap();
     for _ in 0..2000 {
+        for _ in 0..4 {
+            let ping = b"\0\0\x08\x06\0\0\0\0\0whatever";
+            noise.write_all(ping).unwrap();
+        }
         stream
             .write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             .unwrap();
         assert_eq!(read_answer(&mut stream, false).body, b"hello");
     }
-    drop(stream);
+    drop((noise, stream));
 
     // Read again, it goes on, and says what it left out.
     let mut lines = 0;

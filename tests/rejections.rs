@@ -14,15 +14,11 @@ use std::time::{Duration, Instant};
 
 use common::relay::Relay;
 use common::{Process, Server, eventually, port_range, text_service};
-use hyper_util::rt::TokioIo;
-use hyper_util::service::TowerToHyperService;
-use silo_proxy::link::http2;
-use silo_proxy::wire::{
-    AgentMessage, Hello, Rejection, RejectionReason, ServerMessage, VERSION,
-    tunnel_client::TunnelClient,
-    tunnel_server::{Tunnel, TunnelServer},
-};
-use tonic::{Request, Response, Status, Streaming};
+use silo_proxy::grpc::{Event, Status};
+use silo_proxy::link::Tunnel;
+use silo_proxy::link::tunnel::Error;
+use silo_proxy::wire::{AgentMessage, Hello, Rejection, RejectionReason, ServerMessage, VERSION};
+use tokio::net::{TcpListener, TcpStream};
 
 /// An agent adds up to a quarter to what it was told, and a busy machine something more.
 fn longest(told: Duration) -> Duration {
@@ -45,37 +41,24 @@ fn last_rejection(agent: &Process, attempts: usize) -> String {
     line
 }
 
-/// A server of another time: it rejects everybody for the version.
-struct Rejecting(Duration);
-
-#[tonic::async_trait]
-impl Tunnel for Rejecting {
-    type ConnectStream =
-        futures_util::stream::Iter<std::vec::IntoIter<Result<ServerMessage, Status>>>;
-
-    async fn connect(
-        &self,
-        request: Request<Streaming<AgentMessage>>,
-    ) -> Result<Response<Self::ConnectStream>, Status> {
-        let hello = request
-            .into_inner()
-            .message()
-            .await?
-            .unwrap()
-            .hello
-            .unwrap();
-        assert_eq!(hello.version, VERSION);
-        let rejection = Rejection {
-            reason: RejectionReason::Version.into(),
-            detail: "this server speaks versions 7 to 8".into(),
-            retry_after_ms: self.0.as_millis().try_into().unwrap(),
-        };
-        let message = ServerMessage {
-            rejection: Some(rejection),
-            ..ServerMessage::default()
-        };
-        Ok(Response::new(futures_util::stream::iter(vec![Ok(message)])))
-    }
+/// Does what a server of another time does: it rejects everybody for the version.
+async fn reject(stream: TcpStream, retry_after: Duration) {
+    let mut tunnel = Tunnel::server(stream);
+    let call = tunnel.next().await.unwrap();
+    assert!(matches!(call, Event::Call { .. }), "{call:?}");
+    let first: AgentMessage = tunnel.message().await.unwrap();
+    assert_eq!(first.hello.unwrap().version, VERSION);
+    let rejection = Rejection {
+        reason: RejectionReason::Version.into(),
+        detail: "this server speaks versions 7 to 8".into(),
+        retry_after_ms: retry_after.as_millis().try_into().unwrap(),
+    };
+    let message = ServerMessage {
+        rejection: Some(rejection),
+        ..ServerMessage::default()
+    };
+    tunnel.send(&message).await.unwrap();
+    tunnel.finish().await;
 }
 
 /// Starts one; returned are its address and when agents came.
@@ -86,12 +69,11 @@ fn rejecting_server(retry_after: Duration) -> (SocketAddr, Arc<Mutex<Vec<Instant
     let came = Arc::new(Mutex::new(Vec::new()));
     let noted = came.clone();
     on_runtime(async move {
-        let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+        let listener = TcpListener::from_std(listener).unwrap();
         loop {
             let (stream, _) = listener.accept().await.unwrap();
             noted.lock().unwrap().push(Instant::now());
-            let service = TowerToHyperService::new(TunnelServer::new(Rejecting(retry_after)));
-            tokio::spawn(http2::server().serve_connection(TokioIo::new(stream), service));
+            tokio::spawn(reject(stream, retry_after));
         }
     });
     (address, came)
@@ -144,23 +126,17 @@ fn an_agent_of_another_version_asks_as_often_as_it_is_told() {
 /// Says hello as an agent of another version does.
 fn say_hello(tunnel: SocketAddr, hello: Hello) -> ServerMessage {
     let answer = on_runtime(async move {
-        let stream = tokio::net::TcpStream::connect(tunnel).await.unwrap();
-        let (service, connection) = http2::client(TokioIo::new(stream)).await.unwrap();
-        tokio::spawn(connection);
-        let origin = format!("http://{tunnel}").parse().unwrap();
+        let stream = TcpStream::connect(tunnel).await.unwrap();
+        let mut tunnel = Tunnel::client(stream, false, &tunnel.to_string());
         let message = AgentMessage {
             hello: Some(hello),
             ..AgentMessage::default()
         };
-        let mut client = TunnelClient::with_origin(service, origin);
-        let mut messages = client
-            .connect(futures_util::stream::iter([message]))
-            .await
-            .unwrap()
-            .into_inner();
-        let answer = messages.message().await.unwrap().unwrap();
-        // Nothing else follows a rejection.
-        assert!(messages.message().await.unwrap_or(None).is_none());
+        tunnel.send(&message).await.unwrap();
+        let answer = tunnel.message().await.unwrap();
+        // Nothing else follows a rejection, and the call ends as it should.
+        let end = tunnel.message::<ServerMessage>().await;
+        assert!(matches!(end, Err(Error::Status(status)) if status == Status::OK));
         answer
     });
     answer.join().unwrap()

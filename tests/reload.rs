@@ -381,7 +381,7 @@ fn an_agent_changes_its_service_and_token_without_losing_its_session() {
         ("local.service_url", &format!("http://{two}")),
         ("grpc.token", "second-token-of-agent"),
         ("grpc.agent_id", "another"),
-        ("log.level", "info,h2=trace"),
+        ("log.level", "info,silo_proxy::agent=debug"),
     ]);
     process.signal("HUP");
     let line = process.wait_for(&["SIGHUP: settings reloaded"]);
@@ -391,7 +391,11 @@ fn an_agent_changes_its_service_and_token_without_losing_its_session() {
     );
     process.wait_for(&["WARN", "grpc.agent_id", "restart"]);
     assert_eq!(ask(), "two");
-    process.wait_for(&["TRACE", "h2::"]);
+    file.edit(&[("local.service_url", "http://127.0.0.1:1")]);
+    process.signal("HUP");
+    process.wait_for_nth(2, &["SIGHUP: settings reloaded"]);
+    assert!(ask().contains("\"status\":502"));
+    process.wait_for(&["DEBUG", "can't connect to the local service"]);
 
     let told = telling_service();
     file.edit(&[
@@ -399,7 +403,7 @@ fn an_agent_changes_its_service_and_token_without_losing_its_session() {
         ("local.host_header", "target"),
     ]);
     process.signal("HUP");
-    process.wait_for_nth(2, &["SIGHUP: settings reloaded"]);
+    process.wait_for_nth(3, &["SIGHUP: settings reloaded"]);
     assert_eq!(ask(), format!("host {told}"));
 
     file.edit(&[("local.service_url", "http://a/path"), ("local.max", "1")]);

@@ -24,15 +24,11 @@ use common::{
     Agent, PATIENCE, Server, connect, eventually, get, pause, port_range, read_answer, read_head,
     service, text_service,
 };
-use hyper_util::rt::TokioIo;
 use silo_proxy::head::{LinesBuilder, RequestHead, ResponseHead};
-use silo_proxy::link::http2;
+use silo_proxy::link::Tunnel;
 use silo_proxy::mux;
 use silo_proxy::net::raise_descriptor_limit;
-use silo_proxy::wire::{
-    AgentMessage, Frames, Hello, ServerMessage, VERSION, tunnel_client::TunnelClient,
-};
-use tokio::sync::mpsc;
+use silo_proxy::wire::{AgentMessage, Frames, Hello, ServerMessage, VERSION};
 use tungstenite::protocol::frame::coding::{Data, OpCode};
 use tungstenite::protocol::frame::{Frame, FrameHeader};
 use tungstenite::protocol::{Role, WebSocketConfig};
@@ -635,10 +631,16 @@ impl Foreign {
                 .build()
                 .unwrap();
             runtime.block_on(async move {
-                let mut messages = Said::connect(tunnel, hello).await;
-                let welcome = messages.next().await.unwrap().welcome.unwrap();
-                let _ = welcomed.lock().unwrap().send(welcome.port);
-                while let Some(message) = messages.next().await {
+                let stream = tokio::net::TcpStream::connect(tunnel).await.unwrap();
+                let mut tunnel = Tunnel::client(stream, false, &tunnel.to_string());
+                let first = AgentMessage {
+                    hello: Some(hello),
+                    ..AgentMessage::default()
+                };
+                tunnel.send(&first).await.unwrap();
+                let first: ServerMessage = tunnel.message().await.unwrap();
+                let _ = welcomed.lock().unwrap().send(first.welcome.unwrap().port);
+                while let Ok(message) = tunnel.message::<ServerMessage>().await {
                     for frame in message.into_frames() {
                         let Ok(mux::Frame::Open { id, head, end, .. }) = frame else {
                             continue;
@@ -647,7 +649,7 @@ impl Foreign {
                         let _ = give.lock().unwrap().send((offer, end));
                         let mut lines = LinesBuilder::default();
                         lines.push(b"upgrade", protocol.as_bytes()).unwrap();
-                        messages.say(mux::Frame::Answer {
+                        let answer = mux::Frame::Answer {
                             id,
                             head: ResponseHead {
                                 status: 101,
@@ -655,7 +657,11 @@ impl Foreign {
                             },
                             body: b"bytes".to_vec().into(),
                             end: false,
-                        });
+                        };
+                        tunnel
+                            .send(&AgentMessage::from(vec![answer]))
+                            .await
+                            .unwrap();
                     }
                 }
             });
@@ -671,47 +677,6 @@ impl Foreign {
 fn line_of(head: &RequestHead, name: &str) -> Option<Vec<u8>> {
     let mut lines = head.lines.iter();
     lines.find_map(|(key, value)| (key == name.as_bytes()).then(|| value.to_vec()))
-}
-
-/// A foreign agent's stream.
-struct Said {
-    messages: tonic::Streaming<ServerMessage>,
-    sender: mpsc::Sender<AgentMessage>,
-    /// Keeps the connection open.
-    _client: TunnelClient<http2::Http2Service>,
-}
-
-impl Said {
-    async fn connect(tunnel: SocketAddr, hello: Hello) -> Self {
-        // A test asks a request or two.
-        let (sender, receiver) = mpsc::channel(16);
-        let first = AgentMessage {
-            hello: Some(hello),
-            ..AgentMessage::default()
-        };
-        sender.try_send(first).unwrap();
-        let outbound = futures_util::stream::unfold(receiver, |mut receiver| async {
-            Some((receiver.recv().await?, receiver))
-        });
-        let stream = tokio::net::TcpStream::connect(tunnel).await.unwrap();
-        let (service, connection) = http2::client(TokioIo::new(stream)).await.unwrap();
-        tokio::spawn(connection);
-        let origin = format!("http://{tunnel}").parse().unwrap();
-        let mut client = TunnelClient::with_origin(service, origin);
-        Self {
-            messages: client.connect(outbound).await.unwrap().into_inner(),
-            sender,
-            _client: client,
-        }
-    }
-
-    async fn next(&mut self) -> Option<ServerMessage> {
-        self.messages.message().await.ok().flatten()
-    }
-
-    fn say(&self, frame: mux::Frame) {
-        let _ = self.sender.try_send(vec![frame].into());
-    }
 }
 
 #[test]

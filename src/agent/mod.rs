@@ -26,6 +26,7 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use futures_util::FutureExt;
 use futures_util::future::{Either, select};
+use http::uri::{Authority, InvalidUri};
 use thiserror::Error;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -69,8 +70,8 @@ pub struct Reloader(Arc<Live>);
 /// What agents with the same settings have in common.
 struct Shared {
     config: AgentConfig,
-    /// The server's address as tonic wants it.
-    origin: http::Uri,
+    /// The server's address, as calls name it.
+    authority: Authority,
     service: Arc<Service>,
     /// TLS to the server, if it has any.
     tls: Option<Arc<AgentTls>>,
@@ -81,7 +82,7 @@ struct Shared {
 pub enum AgentError {
     /// `grpc.server_address` can't be the authority of a URL.
     #[error("grpc.server_address: {0}")]
-    ServerAddress(http::Error),
+    ServerAddress(InvalidUri),
     /// The local service can't be reached as the settings say.
     #[error(transparent)]
     Service(#[from] ServiceError),
@@ -136,17 +137,13 @@ impl Agent {
                 warn!("{warning}");
             }
         }
-        let origin = http::Uri::builder()
-            .scheme(if tls.is_some() { "https" } else { "http" })
-            .authority(config.grpc.server_address.to_string())
-            .path_and_query("/")
-            .build()
-            .map_err(AgentError::ServerAddress)?;
+        let address = config.grpc.server_address.to_string();
+        let authority = address.parse().map_err(AgentError::ServerAddress)?;
         let service = Arc::new(Service::new(&config.local)?);
         let id = config.grpc.agent_id.clone();
         let shared = Arc::new(Shared {
             config,
-            origin,
+            authority,
             service,
             tls: tls.map(Arc::new),
         });
@@ -318,7 +315,7 @@ impl Reloader {
         }
         shared.store(Arc::new(Shared {
             config,
-            origin: old.origin.clone(),
+            authority: old.authority.clone(),
             service,
             tls: old.tls.clone(),
         }));

@@ -1,6 +1,5 @@
 //! One session with the server: from the TCP connection to its end.
 
-use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::pin::{Pin, pin};
@@ -8,16 +7,15 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use futures_util::future::{Either, poll_fn, select};
-use hyper_util::rt::TokioIo;
 use thiserror::Error;
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
-use tonic::{Status, Streaming};
 
 use crate::id::Generation;
-use crate::link::{Ended, Link, Observer, http2};
-use crate::mux::{self, Budget, Frame, Pool};
+use crate::link::tunnel::{self, Tunnel};
+use crate::link::{Ended, Link, Observer};
+use crate::mux::{self, Budget, Pool};
 use crate::net;
 use crate::net::tls::{Failed, Sniffed, Stream, TLS_ALERT};
 use crate::wire::{self, AgentMessage, Hello, Rejection, RejectionReason, ServerMessage};
@@ -60,12 +58,9 @@ pub enum Lost {
     /// The server wants TLS, and this agent has none.
     #[error("the server speaks TLS, and this agent doesn't")]
     ServerSpeaksTls,
-    /// The server speaks no HTTP/2.
-    #[error("the HTTP/2 handshake failed: {0}")]
-    Handshake(#[source] http2::Error),
-    /// The call was refused: whoever listens there is no silo-proxy server.
-    #[error("the server refused the call: {}", .0.message())]
-    Call(#[source] Status),
+    /// The call failed before the welcome: whoever listens there may be no silo-proxy server.
+    #[error("the call to the server failed: {0}")]
+    Call(#[source] tunnel::Error),
     /// No answer to the hello in time.
     #[error("no welcome within {:.1} s", .0.as_secs_f64())]
     NoWelcome(Duration),
@@ -107,19 +102,11 @@ pub(super) enum Outcome {
 }
 
 /// A session that the server has welcomed.
-pub(super) struct Session<C> {
+pub(super) struct Session {
     pub(super) welcome: Welcome,
     link: Link,
-    messages: Streaming<ServerMessage>,
-    /// The HTTP/2 connection, to be polled; dropping it closes it.
-    connection: Pin<Box<C>>,
-    /// Keeps the connection open.
-    _client: Client,
-    /// Dropped to end the outbound stream in good order.
-    open: oneshot::Sender<Infallible>,
+    tunnel: Tunnel<Stream<Sniffed<TcpStream>>>,
 }
-
-type Client = wire::tunnel_client::TunnelClient<http2::Http2Service>;
 
 /// What the server says of the session.
 #[derive(Debug)]
@@ -131,10 +118,7 @@ pub(super) struct Welcome {
 }
 
 /// Connects to the server and says hello.
-pub(super) async fn dial(
-    agent: &Agent,
-    last_port: u16,
-) -> Result<Session<impl Future<Output = Result<(), http2::Error>> + Send + use<>>, Lost> {
+pub(super) async fn dial(agent: &Agent, last_port: u16) -> Result<Session, Lost> {
     // The same settings from the first byte to the welcome.
     let shared = agent.live.shared.load_full();
     let address = &shared.config.grpc.server_address;
@@ -143,7 +127,7 @@ pub(super) async fn dial(
         Ok(connected) => connected.map_err(Lost::Connect)?,
         Err(_) => return Err(Lost::Connect(io::ErrorKind::TimedOut.into())),
     };
-    http2::prepare(&stream).map_err(Lost::Connect)?;
+    tunnel::prepare(&stream).map_err(Lost::Connect)?;
     let patience = WELCOME_TIMEOUT.min(shared.config.grpc.heartbeat_timeout);
     let stream = Sniffed::new(stream);
     let first_byte = stream.first_byte();
@@ -172,39 +156,15 @@ async fn greet(
     shared: &Shared,
     stream: Stream<Sniffed<TcpStream>>,
     last_port: u16,
-) -> Result<Session<impl Future<Output = Result<(), http2::Error>> + Send + use<>>, Lost> {
-    let (service, connection) = http2::client(TokioIo::new(stream))
-        .await
-        .map_err(Lost::Handshake)?;
-    let mut connection = Box::pin(connection);
-    let mut client = Client::with_origin(service, shared.origin.clone())
-        .max_decoding_message_size(wire::MAX_MESSAGE);
-    let (give_link, link) = oneshot::channel();
-    let (open, closing) = oneshot::channel();
-    let outbound = Outbound {
-        state: State::Hello(Box::new(hello(agent, shared, last_port))),
-        link,
-        closing,
-        frames: Vec::new(),
+) -> Result<Session, Lost> {
+    let secure = shared.tls.is_some();
+    let mut tunnel = Tunnel::client(stream, secure, shared.authority.as_str());
+    let hello = AgentMessage {
+        hello: Some(hello(agent, shared, last_port)),
+        ..AgentMessage::default()
     };
-    let first = async {
-        let mut messages = client
-            .connect(outbound)
-            .await
-            .map_err(Lost::Call)?
-            .into_inner();
-        let first = messages.message().await.map_err(Lost::Call)?;
-        Ok::<_, Lost>((messages, first))
-    };
-    // The connection's own error says less than the call's, which follows from it.
-    let (messages, first) = {
-        let first = pin!(first);
-        match select(first, connection.as_mut()).await {
-            Either::Left((first, _)) => first?,
-            Either::Right((_, first)) => first.await?,
-        }
-    };
-    let first = first.ok_or(Lost::Ended(Ended::Closed))?;
+    tunnel.send(&hello).await.map_err(Lost::Call)?;
+    let first: ServerMessage = tunnel.message().await.map_err(Lost::Call)?;
     if let Some(rejection) = first.rejection {
         return Err(rejection.into());
     }
@@ -216,15 +176,10 @@ async fn greet(
     let reserved = exchanges.saturating_mul(2 * mux::RESERVED_WINDOW as usize);
     let limit = reserved.saturating_add(LOANS);
     let link = Link::acceptor(welcome.config, Budget::new(Pool::new(limit), limit));
-    // The stream is gone only if the connection is, which the first read will say.
-    let _ = give_link.send(link.clone());
     Ok(Session {
         welcome,
         link,
-        messages,
-        connection,
-        _client: client,
-        open,
+        tunnel,
     })
 }
 
@@ -276,10 +231,7 @@ impl Welcome {
     }
 }
 
-impl<C> Session<C>
-where
-    C: Future<Output = Result<(), http2::Error>> + Send,
-{
+impl Session {
     /// Carries exchanges until the session ends, the server asks to end it, or `shutdown` is
     /// over. In the last two cases the exchanges under way may go on for `grace`.
     pub(super) async fn run(
@@ -289,17 +241,11 @@ where
         grace: impl Fn() -> Duration,
     ) -> Outcome {
         let Self {
-            link,
-            messages,
-            mut connection,
-            _client,
-            open,
-            ..
+            link, mut tunnel, ..
         } = self;
         let (tell, mut told) = oneshot::channel();
         let mut observer = Rejected(Some(tell));
-        let mut drive = pin!(link.drive(messages, &mut observer));
-        let mut connected = true;
+        let mut drive = pin!(tunnel.drive::<ServerMessage, AgentMessage>(&link, &mut observer));
         let mut carry = pin!(poll_fn(|cx| {
             let ended = drive.as_mut().poll(cx);
             // Exchanges come only while the line above runs: nobody has to wake this task for them.
@@ -307,8 +253,6 @@ where
             while let Poll::Ready(Some((exchange, head))) = link.poll_accept(&mut unwoken) {
                 forwarder.submit(exchange, head);
             }
-            // Its end is seen by the stream in it, with a better reason.
-            connected = connected && connection.as_mut().poll(cx).is_pending();
             ended
         }));
 
@@ -328,7 +272,7 @@ where
         let idle = pin!(timeout(grace(), link.idle()));
         if let Either::Right(_) = select(carry.as_mut(), idle).await {
             // What is still to be sent goes first, then the stream ends, then the server's does.
-            drop(open);
+            link.finish();
             let _ = timeout(FAREWELL_TIMEOUT, carry).await;
         }
         link.close();
@@ -351,61 +295,6 @@ impl Observer for Rejected {
         if let Some(tell) = self.0.take() {
             // Nobody listens any more if the session is ending anyway.
             let _ = tell.send(rejection);
-        }
-    }
-}
-
-/// What the agent sends: the hello, and once there is a link, what that has to send.
-struct Outbound {
-    state: State,
-    link: oneshot::Receiver<Link>,
-    /// Over when the stream is to end as soon as everything has been sent.
-    closing: oneshot::Receiver<Infallible>,
-    frames: Vec<Frame>,
-}
-
-enum State {
-    Hello(Box<Hello>),
-    Greeted,
-    Linked(Link),
-    Ended,
-}
-
-impl futures_util::Stream for Outbound {
-    type Item = AgentMessage;
-
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<AgentMessage>> {
-        let this = self.get_mut();
-        loop {
-            match &this.state {
-                State::Hello(_) => {
-                    let State::Hello(hello) = std::mem::replace(&mut this.state, State::Greeted)
-                    else {
-                        continue;
-                    };
-                    return Poll::Ready(Some(AgentMessage {
-                        hello: Some(*hello),
-                        ..AgentMessage::default()
-                    }));
-                }
-                State::Greeted => match Pin::new(&mut this.link).poll(cx) {
-                    Poll::Ready(Ok(link)) => this.state = State::Linked(link),
-                    Poll::Ready(Err(_)) => this.state = State::Ended,
-                    Poll::Pending => return Poll::Pending,
-                },
-                State::Linked(link) => match link.poll_transmit(cx, &mut this.frames) {
-                    Poll::Ready(true) => {
-                        let frames = std::mem::take(&mut this.frames);
-                        return Poll::Ready(Some(frames.into()));
-                    }
-                    Poll::Ready(false) => this.state = State::Ended,
-                    Poll::Pending => match Pin::new(&mut this.closing).poll(cx) {
-                        Poll::Ready(_) => this.state = State::Ended,
-                        Poll::Pending => return Poll::Pending,
-                    },
-                },
-                State::Ended => return Poll::Ready(None),
-            }
         }
     }
 }

@@ -1,28 +1,27 @@
 //! The tunnel as tasks see it: a [`mux::Session`] behind a short lock, and a waker for each task
 //! that waits for something in it.
 //!
-//! A [`Link`] is shared by the tasks of all exchanges, by the stream that sends
-//! ([`Link::poll_transmit`]) and by the task that receives ([`Link::drive`]). Nothing is handed
+//! A [`Link`] is shared by the tasks of all exchanges and by the one that drives the tunnel's
+//! connection ([`Tunnel::drive`]). Nothing is handed
 //! from task to task through a channel: whoever has something to say locks the session, says it,
 //! and wakes whoever has to act on it. The lock is never held across an await, and every use of it
 //! is short: it covers memory, no I/O. A tunnel and its visitors live on one worker thread, so it
 //! is all but never contended; from another thread the same calls work, only slower.
 
 mod gather;
-pub mod http2;
+pub mod tunnel;
 
 pub use gather::Gather;
+pub use tunnel::Tunnel;
 
-use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::{Either, poll_fn, select};
+use futures_util::future::poll_fn;
 use thiserror::Error;
 use tokio::time::Instant;
-use tonic::{Status, Streaming};
 
 use crate::head::{Lines, RequestHead, ResponseHead};
 use crate::mux::{
@@ -45,15 +44,26 @@ struct State {
     session: Session,
     /// The tasks that wait for an exchange, by [`Key::index`].
     waiting: Vec<Waiting>,
-    /// The stream that sends; woken when there is something to send.
-    sender: Option<Waker>,
     /// The agent's task that waits for exchanges.
     acceptor: Option<Waker>,
-    /// The task that receives and keeps time; woken to end.
+    /// The task that drives the connection; woken when there is something to send, and to end.
     driver: Option<Waker>,
     /// The task that waits for the last exchange to end.
     drainer: Option<Waker>,
+    /// No more is sent than there is now.
+    finishing: bool,
     closed: bool,
+}
+
+/// What is to be sent next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Transmission {
+    /// Frames.
+    Batch,
+    /// Nothing more, after all that was sent. Said once.
+    Last,
+    /// Nothing: the tunnel has ended.
+    Closed,
 }
 
 /// The tasks that wait for one exchange: one at most for each direction.
@@ -72,9 +82,9 @@ pub enum Ended {
     /// This side ended it by [`Link::close`].
     #[error("closed here")]
     ClosedHere,
-    /// The HTTP/2 connection or the stream in it failed.
-    #[error("the connection failed: {}", .0.message())]
-    Connection(#[from] Status),
+    /// The connection failed, or the call on it.
+    #[error("the connection failed: {0}")]
+    Connection(#[from] tunnel::Error),
     /// The peer broke the protocol, or fell silent.
     #[error("{0}")]
     Session(#[from] SessionError),
@@ -93,6 +103,10 @@ impl From<mux::ProtocolError> for Ended {
 pub trait Observer {
     /// A message came with this many frames.
     fn received(&mut self, frames: usize);
+    /// A message goes with this many.
+    fn sent(&mut self, frames: usize) {
+        let _ = frames;
+    }
     /// A heartbeat came back.
     fn round_trip(&mut self, round_trip: Duration);
     /// The server said why it is about to end the session. Exchanges go on until it does.
@@ -118,10 +132,10 @@ impl Link {
             state: Mutex::new(State {
                 session,
                 waiting: Vec::new(),
-                sender: None,
                 acceptor: None,
                 driver: None,
                 drainer: None,
+                finishing: false,
                 closed: false,
             }),
         }))
@@ -147,73 +161,40 @@ impl Link {
         Poll::Pending
     }
 
-    /// Fills `frames` with what is to be sent next; `false` when the tunnel has ended.
-    pub fn poll_transmit(&self, cx: &mut Context<'_>, frames: &mut Vec<Frame>) -> Poll<bool> {
+    /// Fills `frames` with what is to be sent next, if that is a batch.
+    fn poll_transmit(&self, cx: &mut Context<'_>, frames: &mut Vec<Frame>) -> Poll<Transmission> {
         let now = self.now();
         let mut state = self.lock();
         if state.closed {
-            return Poll::Ready(false);
+            return Poll::Ready(Transmission::Closed);
         }
         state.session.transmit(now, BATCH_BYTES, frames);
         if frames.is_empty() {
-            set_waker(&mut state.sender, cx);
+            if std::mem::take(&mut state.finishing) {
+                return Poll::Ready(Transmission::Last);
+            }
+            set_waker(&mut state.driver, cx);
             return Poll::Pending;
         }
         // Having sent makes room for writers, and may have ended the last exchange.
         let wakers = state.take_wakers();
         drop(state);
         wakers.wake();
-        Poll::Ready(true)
+        Poll::Ready(Transmission::Batch)
     }
 
-    /// Receives until the tunnel ends, and keeps its time. When it returns, every exchange has
-    /// ended.
-    pub async fn drive<M>(&self, mut messages: Streaming<M>, observer: &mut impl Observer) -> Ended
-    where
-        M: Frames,
-    {
-        // Whoever drops this future ends the tunnel as well.
-        let _close = CloseOnDrop(self);
-        let mut timer = pin!(tokio::time::sleep_until(self.next_timeout()));
-        let mut round_trip = None;
-        loop {
-            let closed = poll_fn(|cx| {
-                let mut state = self.lock();
-                if state.closed {
-                    return Poll::Ready(());
-                }
-                set_waker(&mut state.driver, cx);
-                Poll::Pending
-            });
-            let message = pin!(messages.message());
-            match select(message, select(timer.as_mut(), closed)).await {
-                Either::Left((Ok(Some(mut message)), _)) => {
-                    if let Some(rejection) = message.take_rejection() {
-                        observer.rejected(rejection);
-                    }
-                    let received = match self.receive(message) {
-                        Ok(received) => received,
-                        Err(ended) => return ended,
-                    };
-                    observer.received(received.frames);
-                    if received.round_trip != round_trip
-                        && let Some(measured) = received.round_trip
-                    {
-                        round_trip = received.round_trip;
-                        observer.round_trip(measured);
-                    }
-                }
-                Either::Left((Ok(None), _)) => return Ended::Closed,
-                Either::Left((Err(status), _)) => return Ended::Connection(status),
-                Either::Right((Either::Left(((), _)), _)) => {
-                    if let Err(error) = self.act(|session| session.handle_timeout(self.now())) {
-                        return error.into();
-                    }
-                    timer.as_mut().reset(self.next_timeout());
-                }
-                Either::Right((Either::Right(((), _)), _)) => return Ended::ClosedHere,
-            }
+    /// Waits for the tunnel's end by [`Link::close`].
+    fn poll_closed(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.lock();
+        if state.closed {
+            return Poll::Ready(());
         }
+        set_waker(&mut state.driver, cx);
+        Poll::Pending
+    }
+
+    fn handle_timeout(&self) -> Result<(), SessionError> {
+        self.act(|session| session.handle_timeout(self.now()))
     }
 
     fn receive(&self, message: impl Frames) -> Result<Received, Ended> {
@@ -261,6 +242,16 @@ impl Link {
         .await;
     }
 
+    /// Ends our side of the tunnel once all that is to be sent now has been; then the peer ends its
+    /// own.
+    pub fn finish(&self) {
+        let mut state = self.lock();
+        state.finishing = true;
+        let driver = state.driver.take();
+        drop(state);
+        driver.into_iter().for_each(Waker::wake);
+    }
+
     /// Ends the tunnel at once. Exchanges under way end with [`Reason::TunnelLost`].
     pub fn close(&self) {
         let mut state = self.lock();
@@ -269,7 +260,6 @@ impl Link {
         }
         state.session.close();
         let mut wakers = state.take_wakers();
-        wakers.push(state.sender.take());
         wakers.push(state.acceptor.take());
         wakers.push(state.driver.take());
         wakers.push(state.drainer.take());
@@ -302,7 +292,7 @@ impl Link {
     fn act<T>(&self, action: impl FnOnce(&mut Session) -> T) -> T {
         let mut state = self.lock();
         let result = action(&mut state.session);
-        let wakers = state.take_wakers();
+        let wakers = state.take_all_wakers();
         drop(state);
         wakers.wake();
         result
@@ -334,7 +324,8 @@ impl Drop for CloseOnDrop<'_> {
 }
 
 impl State {
-    /// The tasks that have something to do now. To be woken when the lock is free again.
+    /// The tasks that have something to do now, but for the one that drives the connection. To be
+    /// woken when the lock is free again.
     fn take_wakers(&mut self) -> Wakers {
         let mut wakers = Wakers::default();
         while let Some(event) = self.session.poll_event() {
@@ -348,14 +339,20 @@ impl State {
                 wakers.push(waiting.writer.take());
             }
         }
-        if self.session.wants_transmit() {
-            wakers.push(self.sender.take());
-        }
         if self.session.has_accepted() {
             wakers.push(self.acceptor.take());
         }
         if self.drainer.is_some() && self.session.is_empty() {
             wakers.push(self.drainer.take());
+        }
+        wakers
+    }
+
+    /// The same with the one that drives the connection, for any other task's use.
+    fn take_all_wakers(&mut self) -> Wakers {
+        let mut wakers = self.take_wakers();
+        if self.session.wants_transmit() {
+            wakers.push(self.driver.take());
         }
         wakers
     }
@@ -438,7 +435,7 @@ impl Exchange {
                 Poll::Pending
             }
             Read::Data(_) => {
-                let wakers = state.take_wakers();
+                let wakers = state.take_all_wakers();
                 drop(state);
                 wakers.wake();
                 Poll::Ready(read)
@@ -525,7 +522,7 @@ impl Drop for Held {
         if state.session.is_empty() && state.waiting.capacity() > 64 {
             state.waiting = Vec::new();
         }
-        let wakers = state.take_wakers();
+        let wakers = state.take_all_wakers();
         drop(state);
         wakers.wake();
     }

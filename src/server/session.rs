@@ -1,18 +1,12 @@
-//! The server's end of one agent's session: the gRPC service, the handshake, and the outgoing
-//! stream.
+//! The server's end of one agent's session: who may have one, what it carries, and its end.
 
 use std::fmt;
+use std::future::Future;
 use std::net::SocketAddr;
-use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
-use futures_util::Stream;
-use tokio::sync::oneshot;
-use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, Streaming};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tracing::{info, warn};
 
 use super::registry::{Applicant, DEFAULT_HOST, JoinError, Joined};
@@ -20,18 +14,16 @@ use super::rivals::Instance;
 use super::worker::Worker;
 use crate::auth::Shown;
 use crate::config::ServerConfig;
-use crate::id::{AgentId, MAX_LABEL_LEN, MAX_LABELS};
-use crate::link::{Ended, Link, Observer};
-use crate::metrics::{
-    AgentStats, HandshakeFailure, PortState, Rejection as RejectionKind, WorkerMetrics,
-};
-use crate::mux::{Budget, Config, Frame};
+use crate::id::{AgentId, Generation, MAX_LABEL_LEN, MAX_LABELS};
+use crate::link::{Ended, Link, Observer, Tunnel};
+use crate::metrics::{AgentStats, PortState, Rejection as RejectionKind, WorkerMetrics};
+use crate::mux::{Budget, Config};
 use crate::net::tls::PeerCertificate;
 use crate::ports;
 use crate::telemetry::{Told, Who, may_say};
 use crate::wire::{
     AgentMessage, Hello, OLDEST_VERSION, Rejection, RejectionReason, ServerMessage, UPGRADE,
-    VERSION, Welcome, tunnel_server,
+    VERSION, Welcome,
 };
 
 /// How long a session that has been replaced may finish its exchanges.
@@ -109,184 +101,121 @@ impl Session {
     }
 }
 
-/// What the requests of one tunnel connection share.
-#[derive(Debug)]
-pub(super) struct Connection {
+/// Who calls, and what it says first.
+pub(super) struct Caller {
     /// Where it comes from.
     pub peer: SocketAddr,
     /// What it has shown in the TLS handshake, if there was one.
     pub certificate: PeerCertificate,
-    /// The host by which the agent reached us, for its public URL.
-    pub host: Mutex<Option<String>>,
-    /// Whether a session has begun; a connection carries one at most.
-    taken: AtomicBool,
-    /// The agent has shown who it is, so the deadline for that is off.
-    pub welcomed: CancellationToken,
-    /// The session is over, and so is the connection.
-    pub over: CancellationToken,
+    /// The host by which it reached us, for its public URL.
+    pub host: Option<String>,
+    /// Its first message.
+    pub first: AgentMessage,
 }
 
-impl Connection {
-    /// A connection on which nothing has happened yet but TLS; `welcomed` is cancelled when its
-    /// agent is.
-    pub(super) fn new(
-        peer: SocketAddr,
-        certificate: PeerCertificate,
-        welcomed: CancellationToken,
-    ) -> Arc<Self> {
-        Arc::new(Self {
-            peer,
-            certificate,
-            host: Mutex::new(None),
-            taken: AtomicBool::new(false),
-            welcomed,
-            over: CancellationToken::new(),
-        })
-    }
-
-    /// Notes the host by which the agent reached us.
-    pub(super) fn reached_by(&self, host: &str) {
-        *self.host.lock().unwrap_or_else(PoisonError::into_inner) = Some(host.to_owned());
-    }
+/// A session that has a port, and whose agent is about to be told so.
+pub(super) struct Welcomed {
+    membership: Membership,
+    peer: SocketAddr,
+    port: u16,
+    stats: Arc<AgentStats>,
+    welcome: Welcome,
 }
 
-/// The gRPC service of one tunnel connection.
-pub(super) struct TunnelService {
-    /// Where the connection lives.
-    pub worker: Arc<Worker>,
-    /// The connection.
-    pub connection: Arc<Connection>,
-}
-
-#[tonic::async_trait]
-impl tunnel_server::Tunnel for TunnelService {
-    type ConnectStream = Outbound;
-
-    async fn connect(
-        &self,
-        request: Request<Streaming<AgentMessage>>,
-    ) -> Result<Response<Outbound>, Status> {
-        if self.connection.taken.swap(true, Ordering::Relaxed) {
-            return Err(Status::failed_precondition(
-                "a connection carries one session",
-            ));
-        }
-        let (first, outbound) = Outbound::new(self.worker.clone());
-        tokio::spawn(run(
-            self.worker.clone(),
-            self.connection.clone(),
-            request.into_inner(),
-            first,
-        ));
-        Ok(Response::new(outbound))
-    }
-}
-
-/// The session's life, from the hello to the end.
-async fn run(
-    worker: Arc<Worker>,
-    connection: Arc<Connection>,
-    mut messages: Streaming<AgentMessage>,
-    first: oneshot::Sender<First>,
-) {
-    let over = connection.over.clone();
-    // However this ends, the connection ends with it.
-    let _over = over.drop_guard();
-    // The connection's deadline covers the wait for the hello.
-    let hello = match messages.message().await {
-        Ok(Some(AgentMessage {
-            hello: Some(hello), ..
-        })) => hello,
-        Ok(Some(_)) => {
-            let rejection = Turned::malformed("the first message has no hello");
-            return turn_away(&worker, &connection, ShownId::of(""), rejection, first);
-        }
-        Ok(None) | Err(_) => {
-            let failed = &worker.metrics().handshakes_failed;
-            failed.inc(HandshakeFailure::Protocol);
-            return;
-        }
-    };
-    let shown_id = ShownId::of(&hello.agent_id);
+/// Checks who calls, and has it join; or counts and logs why not, and says it.
+pub(super) async fn admit(worker: &Arc<Worker>, mut caller: Caller) -> Result<Welcomed, Rejection> {
+    let hello = caller.first.hello.take();
+    let shown_id = ShownId::of(hello.as_ref().map_or("", |hello| &hello.agent_id));
     // The session goes by what holds now, in all of its parts.
     let config = worker.shared().config_to_keep();
-    let (agent_id, session, joined) = match welcome(&worker, &connection, &config, hello).await {
-        Ok(welcomed) => welcomed,
-        Err(rejection) => return turn_away(&worker, &connection, shown_id, rejection, first),
+    let welcomed = match hello {
+        Some(hello) => welcome(worker, &caller, &config, hello).await,
+        None => Err(Turned::malformed("the first message has no hello")),
     };
-    connection.welcomed.cancel();
-    let Joined {
-        generation,
-        port,
-        public_url,
-        stats,
-    } = joined;
-    let _membership = Membership {
-        worker: &worker,
-        session: &session,
-        agent_id: &agent_id,
-        generation,
-    };
-    info!(%agent_id, port, generation = generation.0, peer = %connection.peer, "agent registered");
-    let since = tokio::time::Instant::now();
-    let welcome = Welcome {
-        version: VERSION,
-        port: port.into(),
-        public_url,
-        generation: generation.0,
-        heartbeat_interval_ms: millis(config.grpc.heartbeat_interval),
-        heartbeat_timeout_ms: millis(config.grpc.heartbeat_timeout),
-        max_exchanges: max_exchanges(&config),
-        capabilities: Vec::new(),
-    };
-    // It may be replaced while this session lives.
-    drop(config);
-    let sent = first.send(First {
-        message: ServerMessage {
+    welcomed.map_err(|turned| {
+        worker.shared().metrics.rejections.inc(turned.kind);
+        log_rejection(worker, caller.peer, &shown_id, &turned);
+        turned.rejection
+    })
+}
+
+impl Welcomed {
+    /// The session's life: the welcome, which has to be taken before `deadline`, and all that is
+    /// carried until one side ends. Gives what the agent is to be told last.
+    pub(super) async fn run<T>(
+        self,
+        tunnel: &mut Tunnel<T>,
+        deadline: impl Future<Output = ()>,
+    ) -> Option<Rejection>
+    where
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        let Self {
+            membership,
+            peer,
+            port,
+            stats,
+            welcome,
+        } = self;
+        let Membership {
+            worker,
+            session,
+            agent_id,
+            generation,
+        } = &membership;
+        let since = tokio::time::Instant::now();
+        let welcome = ServerMessage {
             welcome: Some(welcome),
             ..ServerMessage::default()
-        },
-        session: Some(session.clone()),
-    });
-    let ended = match sent {
-        Ok(()) => {
-            let mut observer = Statistics {
-                metrics: worker.metrics(),
-                stats: &stats,
-            };
-            session.link.drive(messages, &mut observer).await
-        }
-        Err(_) => Ended::Closed,
-    };
-    info!(
-        %agent_id,
-        port,
-        generation = generation.0,
-        peer = %connection.peer,
-        why = %ended,
-        seconds = since.elapsed().as_secs(),
-        requests = stats.requests.get(),
-        bytes_in = stats.bytes_in.get(),
-        bytes_out = stats.bytes_out.get(),
-        "agent deregistered"
-    );
+        };
+        let welcomed = tokio::select! {
+            welcomed = tunnel.send(&welcome) => welcomed.map_err(Ended::from),
+            () = deadline => Err(Ended::Closed),
+        };
+        drop(welcome);
+        let ended = match welcomed {
+            Ok(()) => {
+                let mut observer = Statistics {
+                    metrics: worker.metrics(),
+                    stats: &stats,
+                };
+                let drive =
+                    tunnel.drive::<AgentMessage, ServerMessage>(&session.link, &mut observer);
+                drive.await
+            }
+            Err(ended) => ended,
+        };
+        info!(
+            %agent_id,
+            port,
+            generation = generation.0,
+            %peer,
+            why = %ended,
+            seconds = since.elapsed().as_secs(),
+            requests = stats.requests.get(),
+            bytes_in = stats.bytes_in.get(),
+            bytes_out = stats.bytes_out.get(),
+            "agent deregistered"
+        );
+        session.lock().take()
+    }
 }
 
 /// Closes the tunnel and gives the port back when the session ends, in whatever way; fenced by the
 /// generation. A panic in the session's task is such a way: it ends this tunnel, and the agent comes
 /// back with a new one.
-struct Membership<'a> {
-    worker: &'a Worker,
-    session: &'a Session,
-    agent_id: &'a AgentId,
-    generation: crate::id::Generation,
+struct Membership {
+    worker: Arc<Worker>,
+    session: Arc<Session>,
+    agent_id: AgentId,
+    generation: Generation,
 }
 
-impl Drop for Membership<'_> {
+impl Drop for Membership {
     fn drop(&mut self) {
         self.session.link.close();
         let shared = self.worker.shared();
-        if shared.registry.leave(self.agent_id, self.generation) {
+        if shared.registry.leave(&self.agent_id, self.generation) {
             // The port is released: its visitors' connections are to notice.
             shared.sweep_all();
         }
@@ -296,10 +225,10 @@ impl Drop for Membership<'_> {
 /// Checks the hello and joins, or says why not.
 async fn welcome(
     worker: &Arc<Worker>,
-    connection: &Connection,
+    caller: &Caller,
     config: &ServerConfig,
     hello: Hello,
-) -> Result<(AgentId, Arc<Session>, Joined), Turned> {
+) -> Result<Welcomed, Turned> {
     let shared = worker.shared();
     if !(OLDEST_VERSION..=VERSION).contains(&hello.version) {
         return Err(Turned {
@@ -332,8 +261,8 @@ async fn welcome(
     }
     let shown = Shown {
         token: Some(&hello.credential[..]),
-        certificate: connection.certificate.shown(),
-        from_loopback: connection.peer.ip().to_canonical().is_loopback(),
+        certificate: caller.certificate.shown(),
+        from_loopback: caller.peer.ip().to_canonical().is_loopback(),
     };
     config
         .grpc
@@ -353,17 +282,14 @@ async fn welcome(
         Budget::new(shared.pool.clone(), config.server.max_buffered_per_agent),
     );
     let session = Session::new(link);
-    let public_host = match &config.http.public_host {
-        Some(host) => host.clone(),
-        None => {
-            let host = connection
-                .host
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            host.clone().unwrap_or_else(|| DEFAULT_HOST.into())
-        }
-    };
-    let joined = shared
+    let reached = || caller.host.as_deref().unwrap_or(DEFAULT_HOST);
+    let public_host = config.http.public_host.as_deref().unwrap_or_else(reached);
+    let Joined {
+        generation,
+        port,
+        public_url,
+        stats,
+    } = shared
         .registry
         .join(Applicant {
             agent_id: agent_id.clone(),
@@ -374,13 +300,35 @@ async fn welcome(
             session: session.clone(),
             worker: worker.index(),
             upgrades: hello.capabilities.iter().any(|word| word == UPGRADE),
-            peer: connection.peer,
+            peer: caller.peer,
             software: hello.software,
             labels: hello.labels,
-            public_host,
+            public_host: public_host.to_owned(),
         })
         .await?;
-    Ok((agent_id, session, joined))
+    let peer = caller.peer;
+    info!(%agent_id, port, generation = generation.0, %peer, "agent registered");
+    Ok(Welcomed {
+        membership: Membership {
+            worker: worker.clone(),
+            session,
+            agent_id,
+            generation,
+        },
+        peer,
+        port,
+        stats,
+        welcome: Welcome {
+            version: VERSION,
+            port: port.into(),
+            public_url,
+            generation: generation.0,
+            heartbeat_interval_ms: millis(config.grpc.heartbeat_interval),
+            heartbeat_timeout_ms: millis(config.grpc.heartbeat_timeout),
+            max_exchanges: max_exchanges(config),
+            capabilities: Vec::new(),
+        },
+    })
 }
 
 /// The most exchanges a tunnel carries at once.
@@ -440,38 +388,18 @@ impl From<JoinError> for Turned {
     }
 }
 
-fn turn_away(
-    worker: &Worker,
-    connection: &Connection,
-    agent_id: ShownId,
-    turned: Turned,
-    first: oneshot::Sender<First>,
-) {
-    worker.shared().metrics.rejections.inc(turned.kind);
-    log_rejection(worker, connection, &agent_id, &turned);
-    // If the stream is gone already there is nobody to tell.
-    let _ = first.send(First {
-        message: ServerMessage {
-            rejection: Some(turned.rejection),
-            ..ServerMessage::default()
-        },
-        session: None,
-    });
-}
-
 /// Says who was turned away and what mends it; once a minute for each id and text, so that who mends
 /// one thing after the other sees what is next.
-fn log_rejection(worker: &Worker, connection: &Connection, agent_id: &ShownId, turned: &Turned) {
+fn log_rejection(worker: &Worker, peer: SocketAddr, agent_id: &ShownId, turned: &Turned) {
     let Turned { kind, rejection } = turned;
     let (reason, detail) = (kind.as_str(), &rejection.detail);
     let who = match agent_id {
         ShownId::Valid(id) => id.into(),
-        ShownId::Invalid(_) => Who::Address(connection.peer.ip()),
+        ShownId::Invalid(_) => Who::Address(peer.ip()),
     };
     let Some(Told { repeated, others }) = may_say(reason, detail, who) else {
         return;
     };
-    let peer = connection.peer;
     let mends = match kind {
         RejectionKind::PortExhausted => {
             let shared = worker.shared();
@@ -567,81 +495,12 @@ impl Observer for Statistics<'_> {
         self.stats.seen(SystemTime::now());
     }
 
+    fn sent(&mut self, frames: usize) {
+        self.metrics.messages_sent.inc();
+        self.metrics.frames_sent.add(frames as u64);
+    }
+
     fn round_trip(&mut self, round_trip: Duration) {
         self.stats.measured_rtt(round_trip);
-    }
-}
-
-/// The first message of a session, and the session if it is a welcome.
-struct First {
-    message: ServerMessage,
-    session: Option<Arc<Session>>,
-}
-
-/// The stream of messages to the agent: the welcome or a rejection first, then frames in batches
-/// as large as there is to send, then the farewell if there is one.
-pub(super) struct Outbound {
-    state: OutboundState,
-    worker: Arc<Worker>,
-}
-
-enum OutboundState {
-    Handshake(oneshot::Receiver<First>),
-    Session(Arc<Session>),
-    Ended,
-}
-
-impl Outbound {
-    fn new(worker: Arc<Worker>) -> (oneshot::Sender<First>, Self) {
-        let (first, receiver) = oneshot::channel();
-        let state = OutboundState::Handshake(receiver);
-        (first, Self { state, worker })
-    }
-}
-
-impl Stream for Outbound {
-    type Item = Result<ServerMessage, Status>;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        match &mut self.state {
-            OutboundState::Handshake(first) => {
-                let Ok(first) = std::task::ready!(Pin::new(first).poll(cx)) else {
-                    self.state = OutboundState::Ended;
-                    return Poll::Ready(None);
-                };
-                self.state = match first.session {
-                    Some(session) => OutboundState::Session(session),
-                    None => OutboundState::Ended,
-                };
-                Poll::Ready(Some(Ok(first.message)))
-            }
-            OutboundState::Session(session) => {
-                let mut frames: Vec<Frame> = Vec::new();
-                if std::task::ready!(session.link.poll_transmit(cx, &mut frames)) {
-                    let metrics = self.worker.metrics();
-                    metrics.messages_sent.inc();
-                    metrics.frames_sent.add(frames.len() as u64);
-                    return Poll::Ready(Some(Ok(frames.into())));
-                }
-                let farewell = session.lock().take();
-                self.state = OutboundState::Ended;
-                Poll::Ready(farewell.map(|rejection| {
-                    Ok(ServerMessage {
-                        rejection: Some(rejection),
-                        ..ServerMessage::default()
-                    })
-                }))
-            }
-            OutboundState::Ended => Poll::Ready(None),
-        }
-    }
-}
-
-impl Drop for Outbound {
-    fn drop(&mut self) {
-        // The peer has reset the stream: nothing can be sent any more.
-        if let OutboundState::Session(session) = &self.state {
-            session.link.close();
-        }
     }
 }

@@ -11,8 +11,7 @@ use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use dashmap::DashMap;
-use hyper_util::rt::TokioIo;
-use hyper_util::service::TowerToHyperService;
+use http::uri::Authority;
 use rustix::time::{ClockId, clock_gettime};
 use slab::Slab;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
@@ -27,17 +26,18 @@ use super::access::AccessLog;
 use super::balance::{Load, Meter};
 use super::ingress::{self, Watched};
 use super::registry::Registry;
-use super::session::{Connection, TunnelService};
+use super::session::{self, Caller};
 use super::tenancy::Tenancy;
 use crate::config::ServerConfig;
+use crate::grpc::Event;
 use crate::headers::RequestIds;
-use crate::link::http2;
+use crate::link::{Tunnel, tunnel};
 use crate::metrics::{HandshakeFailure, Metrics, Refusal, WorkerMetrics};
 use crate::mux::Pool;
 use crate::net::acceptor::Accepted;
 use crate::net::tls::{PeerCertificate, ServerTls, Stream, TLS_ALERT, TLS_HANDSHAKE};
 use crate::telemetry::{Told, Who, may_say};
-use crate::wire::{MAX_MESSAGE, tunnel_server::TunnelServer};
+use crate::wire::ServerMessage;
 
 /// The unit in which a worker measures the times of its connections: a coarse clock that costs
 /// nothing to read, moved on by the sweep. A limit is kept to within this much.
@@ -291,7 +291,7 @@ impl Worker {
         let counted = Counted(self.clone());
         let slot = Handshake::begin(&self.shared);
         let stream = TcpStream::from_std(accepted.stream)
-            .and_then(|stream| http2::prepare(&stream).map(|()| stream));
+            .and_then(|stream| tunnel::prepare(&stream).map(|()| stream));
         match stream {
             Ok(stream) => {
                 tokio::spawn(async move {
@@ -308,54 +308,66 @@ impl Worker {
         let mut deadline = pin!(tokio::time::sleep(
             self.shared.config().grpc.handshake_timeout
         ));
-        let welcomed = CancellationToken::new();
-        let opened = tokio::select! {
-            opened = self.open(stream, peer, &welcomed) => opened,
+        let greeted = tokio::select! {
+            // Most of it is needed only until the agent is known: it isn't to be kept beyond that.
+            greeted = Box::pin(self.greet(stream, peer)) => greeted,
             () = &mut deadline => Err(HandshakeFailure::Timeout),
             () = slot.evicted.cancelled() => Err(HandshakeFailure::Limit),
         };
-        let (stream, certificate) = match opened {
-            Ok(opened) => opened,
+        let (mut tunnel, caller) = match greeted {
+            Ok(greeted) => greeted,
             Err(failure) => return self.failed(peer, failure),
         };
-        let connection = Connection::new(peer, certificate, welcomed);
-        let service = TunnelServer::new(TunnelService {
-            worker: self.clone(),
-            connection: connection.clone(),
-        })
-        .max_decoding_message_size(MAX_MESSAGE);
-        let service = Named {
-            inner: service,
-            connection: connection.clone(),
+        let farewell = match Box::pin(session::admit(&self, caller)).await {
+            Ok(welcomed) => {
+                drop(slot);
+                Guarded::within(tunnel.io_mut()).open();
+                let _open = OpenTunnel::new(&self);
+                welcomed.run(&mut tunnel, deadline).await
+            }
+            Err(rejection) => Some(rejection),
         };
-        let mut http = pin!(
-            http2::server()
-                .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service))
-        );
-        let failed = tokio::select! {
-            outcome = &mut http => {
-                Some(if outcome.is_err() { HandshakeFailure::Protocol } else { HandshakeFailure::Closed })
+        let goodbye = async {
+            if let Some(rejection) = farewell {
+                let last = ServerMessage {
+                    rejection: Some(rejection),
+                    ..ServerMessage::default()
+                };
+                tunnel.send(&last).await?;
             }
-            () = connection.welcomed.cancelled() => None,
-            () = connection.over.cancelled() => {
-                // Rejected: the reason is on its way.
-                let _ = tokio::time::timeout(GOODBYE, &mut http).await;
-                return;
-            }
-            () = deadline => Some(HandshakeFailure::Timeout),
-            () = slot.evicted.cancelled() => Some(HandshakeFailure::Limit),
+            tunnel.finish().await;
+            Ok::<_, tunnel::Error>(())
         };
-        drop(slot);
-        if let Some(failure) = failed {
-            return self.failed(peer, failure);
-        }
-        let _open = OpenTunnel::new(&self);
-        tokio::select! {
-            _ = &mut http => {}
-            () = connection.over.cancelled() => {
-                let _ = tokio::time::timeout(GOODBYE, http).await;
+        // It may come too late: who is gone needs no last word.
+        let _ = tokio::time::timeout(GOODBYE, Box::pin(goodbye)).await;
+    }
+
+    /// Takes a connection as far as the agent's first message.
+    async fn greet(
+        &self,
+        stream: TcpStream,
+        peer: SocketAddr,
+    ) -> Result<(Tunnel<Stream<Guarded>>, Caller), HandshakeFailure> {
+        let (stream, certificate) = self.open(stream, peer).await?;
+        let mut tunnel = Tunnel::server(stream);
+        let host = match tunnel.next().await {
+            Ok(Event::Call { authority }) => authority
+                .and_then(|authority| authority.parse::<Authority>().ok())
+                .map(|authority| authority.host().to_owned()),
+            Ok(_) => {
+                // Something else was called, and that is answered.
+                let _ = tokio::time::timeout(GOODBYE, tunnel.finish()).await;
+                return Err(HandshakeFailure::Protocol);
             }
-        }
+            Err(error) => return Err(error.into()),
+        };
+        let caller = Caller {
+            peer,
+            certificate,
+            host,
+            first: tunnel.message().await?,
+        };
+        Ok((tunnel, caller))
     }
 
     /// Brings a connection to where HTTP/2 begins: through the TLS handshake if the port has TLS.
@@ -364,7 +376,6 @@ impl Worker {
         &self,
         stream: TcpStream,
         peer: SocketAddr,
-        welcomed: &CancellationToken,
     ) -> Result<(Stream<Guarded>, PeerCertificate), HandshakeFailure> {
         let mut first = [0];
         match stream.peek(&mut first).await {
@@ -373,9 +384,9 @@ impl Worker {
         }
         let is_tls = first == [TLS_HANDSHAKE];
         let (tls, guarded) = match (&self.shared.tls, is_tls) {
-            (Some(tls), true) => (tls, Guarded::new(stream, welcomed)),
+            (Some(tls), true) => (tls, Guarded::new(stream)),
             (None, false) => {
-                let stream = Stream::Left(Guarded::new(stream, welcomed));
+                let stream = Stream::Left(Guarded::new(stream));
                 return Ok((stream, PeerCertificate::None));
             }
             (tls, _) => {
@@ -393,9 +404,7 @@ impl Worker {
         };
         match tls.accept(guarded).await {
             Ok((mut stream, certificate)) => {
-                if let Stream::Right(stream) = &mut stream {
-                    stream.get_mut().0.begin();
-                }
+                Guarded::within(&mut stream).begin();
                 Ok((stream, certificate))
             }
             Err(error) => {
@@ -413,6 +422,15 @@ impl Worker {
     /// Counts a refused connection.
     pub(super) fn refuse(&self, reason: Refusal) {
         self.metrics().connections_refused.inc(reason);
+    }
+}
+
+impl From<tunnel::Error> for HandshakeFailure {
+    fn from(error: tunnel::Error) -> Self {
+        match error {
+            tunnel::Error::Closed => Self::Closed,
+            _ => Self::Protocol,
+        }
     }
 }
 
@@ -551,21 +569,31 @@ struct Guarded {
     stream: TcpStream,
     /// What may still come; nothing limits it once the agent is welcomed.
     left: Option<usize>,
-    welcomed: CancellationToken,
 }
 
 impl Guarded {
-    fn new(stream: TcpStream, welcomed: &CancellationToken) -> Self {
+    fn new(stream: TcpStream) -> Self {
         Self {
             stream,
             left: Some(HELLO_BYTES),
-            welcomed: welcomed.clone(),
+        }
+    }
+
+    fn within(stream: &mut Stream<Self>) -> &mut Self {
+        match stream {
+            Stream::Left(guarded) => guarded,
+            Stream::Right(tls) => tls.get_mut().0,
         }
     }
 
     /// The TLS handshake is over: what it took doesn't count against the hello.
     fn begin(&mut self) {
         self.left = Some(HELLO_BYTES);
+    }
+
+    /// The agent is welcomed.
+    fn open(&mut self) {
+        self.left = None;
     }
 }
 
@@ -577,15 +605,10 @@ impl AsyncRead for Guarded {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-        if let Some(left) = self.left {
-            let left = left.checked_sub(buffer.filled().len() - before);
-            if self.welcomed.is_cancelled() {
-                self.left = None;
-            } else if left.is_none() {
-                return Poll::Ready(Err(io::Error::other("too much before the welcome")));
-            } else {
-                self.left = left;
-            }
+        if let Some(left) = &mut self.left {
+            *left = left
+                .checked_sub(buffer.filled().len() - before)
+                .ok_or_else(|| io::Error::other("too much before the welcome"))?;
         }
         Poll::Ready(Ok(()))
     }
@@ -618,36 +641,5 @@ impl AsyncWrite for Guarded {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-/// Notes by which name the agent reached us, on the way to the gRPC service.
-#[derive(Clone)]
-struct Named {
-    inner: TunnelServer<TunnelService>,
-    connection: Arc<Connection>,
-}
-
-impl<B> tower_service::Service<http::Request<B>> for Named
-where
-    TunnelServer<TunnelService>: tower_service::Service<http::Request<B>>,
-{
-    type Response =
-        <TunnelServer<TunnelService> as tower_service::Service<http::Request<B>>>::Response;
-    type Error = <TunnelServer<TunnelService> as tower_service::Service<http::Request<B>>>::Error;
-    type Future = <TunnelServer<TunnelService> as tower_service::Service<http::Request<B>>>::Future;
-
-    fn poll_ready(
-        &mut self,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: http::Request<B>) -> Self::Future {
-        if let Some(host) = request.uri().host() {
-            self.connection.reached_by(host);
-        }
-        self.inner.call(request)
     }
 }

@@ -38,15 +38,7 @@ const FLUSH: Duration = Duration::from_secs(1);
 
 /// Crates below this one. Their `info` is our `trace`: they log every connection and stream, so
 /// they stay at `warn` unless a directive names them.
-const QUIET: [&str; 7] = [
-    "h2",
-    "hyper",
-    "hyper_util",
-    "mio",
-    "rustls",
-    "tonic",
-    "tower",
-];
+const QUIET: [&str; 6] = ["h2", "hyper", "hyper_util", "mio", "rustls", "tower"];
 
 /// What is logged: a level, or directives in the manner of `RUST_LOG`, separated by commas, such
 /// as `info,silo_proxy::mux=trace`.
@@ -375,7 +367,7 @@ mod tests {
 
         let named = filter("info,h2=trace,hyper::proto=debug").quieted();
         assert!(!named.contains("h2=warn") && !named.contains("hyper=warn"));
-        assert!(named.contains("hyper_util=warn") && named.contains("tonic=warn"));
+        assert!(named.contains("hyper_util=warn") && named.contains("tower=warn"));
     }
 
     #[test]

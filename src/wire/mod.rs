@@ -3,11 +3,9 @@
 //! `silo.tunnel.v1.rs` is generated from `proto/` and committed, so that building needs no
 //! `protoc`; a test keeps the two in step. The rest turns the core's frames into messages and back.
 
-use bytes::{BufMut, Bytes};
-use prost::Message;
+use bytes::{BufMut, Bytes, BytesMut};
+pub use prost::DecodeError;
 use thiserror::Error;
-use tonic::Status;
-use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 
 use crate::head::{Lines, MalformedLines, RequestHead, ResponseHead};
 use crate::id::ExchangeId;
@@ -23,7 +21,6 @@ pub mod fuzz;
 
 pub use generated::{
     AgentMessage, Hello, Rejection, ServerMessage, Welcome, rejection::Reason as RejectionReason,
-    tunnel_client, tunnel_server,
 };
 
 use generated::frame::Kind;
@@ -41,8 +38,7 @@ pub const UPGRADE: &str = "upgrade";
 /// The largest message accepted, in bytes.
 ///
 /// Batches aim for [`mux::BATCH_BYTES`] and end with the frame that goes over it, so a message is
-/// never longer than that and one frame with a head of [`mux::MAX_HEAD`]. tonic reserves what a
-/// message declares, before anyone is authenticated: hence a limit at all.
+/// never longer than that and one frame with a head of [`mux::MAX_HEAD`].
 pub const MAX_MESSAGE: usize = 256 * 1024;
 
 /// What a peer sent that can't be understood. It ends the tunnel.
@@ -249,22 +245,45 @@ fn response_head(status: u32, lines: Bytes) -> Result<ResponseHead, WireError> {
     })
 }
 
-/// The codec of both directions: Protocol Buffers with small buffers.
-///
-/// It differs from tonic's own in two things. The buffers start empty, since most tunnels are idle
-/// most of the time. And slices of a received message that would keep a much larger buffer alive
-/// are copied out of it.
-#[derive(Debug)]
-pub struct TunnelCodec<T, U>(std::marker::PhantomData<(T, U)>);
+/// The path of the tunnel's one method.
+pub const METHOD: &str = "/silo.tunnel.v1.Tunnel/Connect";
 
-impl<T, U> Default for TunnelCodec<T, U> {
-    fn default() -> Self {
-        Self(std::marker::PhantomData)
-    }
+/// A message of one direction, as it is in a call.
+pub trait Message: Frames + Sized {
+    /// Reads one. Its slices keep `held` bytes alive: those that are small against that are copied.
+    ///
+    /// # Errors
+    /// If it is none.
+    fn read(bytes: Bytes, held: usize) -> Result<Self, DecodeError>;
+
+    /// How many bytes [`Message::write`] appends.
+    fn length(&self) -> usize;
+
+    /// Appends it.
+    fn write(&self, out: &mut BytesMut);
 }
 
-/// What one gRPC read or write buffer starts with. They grow to the largest message seen.
-const BUFFER_BYTES: usize = 512;
+impl<M> Message for M
+where
+    M: prost::Message + Frames + Detach + Default,
+{
+    fn read(bytes: Bytes, held: usize) -> Result<Self, DecodeError> {
+        let size = bytes.len().max(held);
+        let mut message = M::decode(bytes)?;
+        message.detach(size);
+        Ok(message)
+    }
+
+    fn length(&self) -> usize {
+        let length = self.encoded_len();
+        length + padding(length)
+    }
+
+    fn write(&self, out: &mut BytesMut) {
+        self.encode_raw(out);
+        pad(self.encoded_len(), out);
+    }
+}
 
 /// The smallest message sent, in bytes, padding included. With the five bytes that gRPC puts before
 /// it, an HTTP/2 DATA frame has 256 at least: h2 charges smaller ones to a budget of 32 KiB, and
@@ -274,76 +293,24 @@ const SMALLEST_MESSAGE: usize = 251;
 /// The field `padding` of both messages, as Protocol Buffers write it: number 15, length-delimited.
 const PADDING_KEY: u8 = 15 << 3 | 2;
 
-/// When what has been encoded goes to HTTP/2.
-const YIELD_BYTES: usize = mux::BATCH_BYTES / 2;
+/// Its key and two bytes of length.
+const PADDING_HEAD: usize = 3;
 
-impl<T, U> Codec for TunnelCodec<T, U>
-where
-    T: Message + Send + 'static,
-    U: Message + Default + Detach + Send + 'static,
-{
-    type Encode = T;
-    type Decode = U;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self::default()
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self::default()
-    }
-}
-
-impl<T, U> Encoder for TunnelCodec<T, U>
-where
-    T: Message + Send + 'static,
-{
-    type Item = T;
-    type Error = Status;
-
-    fn encode(&mut self, item: T, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        let length = item.encoded_len();
-        // The padding's key and length are three bytes.
-        buffer.reserve(length.max(SMALLEST_MESSAGE) + 3);
-        item.encode_raw(buffer);
-        pad(length, buffer).map_err(|error| Status::internal(error.to_string()))
-    }
-
-    fn buffer_settings(&self) -> BufferSettings {
-        BufferSettings::new(BUFFER_BYTES, YIELD_BYTES)
+/// How much [`pad`] appends to a message of `length` bytes.
+fn padding(length: usize) -> usize {
+    match SMALLEST_MESSAGE.saturating_sub(length) {
+        0 => 0,
+        missing => PADDING_HEAD.max(missing),
     }
 }
 
 /// Fills a message of `length` bytes up to [`SMALLEST_MESSAGE`].
-fn pad(length: usize, buffer: &mut impl BufMut) -> Result<(), prost::EncodeError> {
-    let missing = SMALLEST_MESSAGE.saturating_sub(length);
-    if missing > 0 {
-        buffer.put_u8(PADDING_KEY);
-        prost::encode_length_delimiter(missing, buffer)?;
-        buffer.put_bytes(0, missing);
-    }
-    Ok(())
-}
-
-impl<T, U> Decoder for TunnelCodec<T, U>
-where
-    U: Message + Default + Detach + Send + 'static,
-{
-    type Item = U;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
-        let size = bytes::Buf::remaining(buffer);
-        let mut message =
-            U::decode(buffer).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        message.detach(size);
-        Ok(Some(message))
-    }
-
-    fn buffer_settings(&self) -> BufferSettings {
-        BufferSettings::new(BUFFER_BYTES, YIELD_BYTES)
+fn pad(length: usize, out: &mut BytesMut) {
+    if let Some(missing) = padding(length).checked_sub(PADDING_HEAD) {
+        out.put_u8(PADDING_KEY);
+        // Two bytes, whatever the number: its groups of seven bits, the lower one first.
+        out.put_slice(&[missing as u8 | 0x80, (missing >> 7) as u8]);
+        out.put_bytes(0, missing);
     }
 }
 
@@ -401,6 +368,8 @@ fn copy_if_small(slice: &mut Bytes, size: usize) {
 
 #[cfg(test)]
 mod tests {
+    use prost::Message as _;
+
     use super::*;
     use crate::head::LinesBuilder;
     use proptest::prelude::*;
@@ -493,17 +462,18 @@ mod tests {
 
     #[test]
     fn small_messages_are_padded() {
-        for size in [0, 1, 100, 300] {
+        for size in (0..300).step_by(7) {
             let frames = vec![mux::Frame::Data {
                 id: ExchangeId::from_u64(7),
                 body: vec![b'x'; size].into(),
                 end: false,
             }];
             let message = AgentMessage::from(frames.clone());
-            let mut bytes = message.encode_to_vec();
-            pad(bytes.len(), &mut bytes).unwrap();
+            let mut bytes = BytesMut::new();
+            message.write(&mut bytes);
+            assert_eq!(bytes.len(), message.length());
             assert!(bytes.len() >= SMALLEST_MESSAGE && bytes.len() < size + 300);
-            let again = AgentMessage::decode(&bytes[..]).unwrap();
+            let again = AgentMessage::read(bytes.freeze(), 0).unwrap();
             let again: Vec<_> = again.into_frames().map(Result::unwrap).collect();
             assert_eq!(again, frames);
         }

@@ -10,6 +10,7 @@
     reason = "a test fails anywhere, and shows its logs then"
 )]
 
+pub mod nginx;
 pub mod raw;
 pub mod relay;
 

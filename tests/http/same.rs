@@ -5,9 +5,9 @@ use std::fs;
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 
+use crate::common::nginx::Nginx;
 use crate::common::raw::{latin1, pattern};
 use crate::common::{Agent, Server, have, port_range};
-use crate::programs::Nginx;
 
 /// nginx, a tunnel to it, and what curl needs.
 struct Stage {

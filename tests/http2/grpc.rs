@@ -35,7 +35,7 @@ use crate::service::listen;
 
 /// A message is its bytes.
 #[derive(Clone, Copy, Default)]
-struct Raw;
+pub struct Raw;
 
 impl Codec for Raw {
     type Encode = Vec<u8>;
@@ -72,7 +72,7 @@ impl Decoder for Raw {
     }
 }
 
-type Messages = Pin<Box<dyn Stream<Item = Result<Vec<u8>, Status>> + Send>>;
+pub type Messages = Pin<Box<dyn Stream<Item = Result<Vec<u8>, Status>> + Send>>;
 
 /// The service of the tests: its methods do what those of the interoperability tests do.
 #[derive(Clone)]
@@ -264,10 +264,10 @@ fn service() -> (SocketAddr, mpsc::Receiver<Instant>) {
 
 /// A connection for tonic's client.
 #[derive(Clone)]
-struct Channel(SendRequest<Body>);
+pub struct Channel(SendRequest<Body>);
 
 impl Channel {
-    async fn connect(address: SocketAddr) -> Self {
+    pub async fn connect(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).await.unwrap();
         stream.set_nodelay(true).unwrap();
         let builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
@@ -276,7 +276,7 @@ impl Channel {
         Self(send)
     }
 
-    async fn grpc(&self) -> tonic::client::Grpc<Self> {
+    pub async fn grpc(&self) -> tonic::client::Grpc<Self> {
         let origin = "http://grpc.test".parse().unwrap();
         let mut grpc = tonic::client::Grpc::with_origin(self.clone(), origin)
             .max_decoding_message_size(1 << 24);

@@ -20,4 +20,5 @@ mod grpc;
 mod programs;
 mod service;
 mod services;
+mod tunnel;
 mod visitors;

@@ -7,36 +7,28 @@ mod upgrades;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::Stream;
 use futures_util::future::poll_fn;
-use hyper_util::rt::TokioIo;
-use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
-use tonic::{Request, Response, Status, Streaming};
 
 use super::{Agent, Event};
 use crate::config::{
     AgentConfig, AgentProcess, DialConfig, HostHeader, HostPort, LocalConfig, LocalTls, LogConfig,
     Protocol, Scheme, ServiceUrl,
 };
+use crate::grpc;
 use crate::head::{LinesBuilder, RequestHead, ResponseHead};
-use crate::link::{Ended, Exchange, Link, Observer, http2};
+use crate::link::{Ended, Exchange, Link, Observer, Tunnel};
 use crate::mux::{self, Budget, HeadRead, Pool, Read, Reason};
-use crate::wire::{
-    self, AgentMessage, Hello, Rejection, ServerMessage, Welcome, tunnel_server::Tunnel,
-    tunnel_server::TunnelServer,
-};
+use crate::wire::{self, AgentMessage, Hello, Rejection, ServerMessage, Welcome};
 
 /// Nothing here takes as long; whatever does is stuck.
 const STUCK: Duration = Duration::from_secs(10);
@@ -67,19 +59,17 @@ struct Server {
 /// A session that was welcomed, as the server sees it.
 struct Session {
     link: Link,
-    ended: JoinHandle<Ended>,
-    /// Sends messages that aren't frames.
-    say: mpsc::Sender<ServerMessage>,
+    ended: oneshot::Receiver<Ended>,
     frames: Arc<AtomicUsize>,
     connection: AbortHandle,
 }
 
+/// What serves one connection.
 struct Service {
     policy: Policy,
     hellos: mpsc::Sender<Hello>,
     sessions: mpsc::Sender<Session>,
     count: Arc<AtomicUsize>,
-    connection: Arc<Mutex<Option<AbortHandle>>>,
 }
 
 struct CountFrames(Arc<AtomicUsize>);
@@ -106,20 +96,21 @@ impl Server {
         let task = tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                let connection = Arc::new(Mutex::new(None));
-                let service = TunnelServer::new(Service {
+                let (tell, told) = oneshot::channel();
+                let service = Service {
                     policy: policy.clone(),
                     hellos: hello.clone(),
                     sessions: session.clone(),
                     count: count.clone(),
-                    connection: connection.clone(),
-                });
+                };
                 let task = tokio::spawn(async move {
-                    let service = TowerToHyperService::new(service);
-                    let io = TokioIo::new(stream);
-                    let _ = http2::server().serve_connection(io, service).await;
+                    let mut tunnel = Tunnel::server(stream);
+                    if let Ok(connection) = told.await {
+                        service.serve(&mut tunnel, connection).await;
+                        tunnel.finish().await;
+                    }
                 });
-                *connection.lock().unwrap() = Some(task.abort_handle());
+                let _ = tell.send(task.abort_handle());
             }
         });
         Self {
@@ -137,16 +128,44 @@ impl Drop for Server {
     }
 }
 
-#[tonic::async_trait]
-impl Tunnel for Service {
-    type ConnectStream = Pin<Box<dyn Stream<Item = Result<ServerMessage, Status>> + Send>>;
+/// What an agent says first.
+async fn hello(tunnel: &mut Tunnel<TcpStream>) -> Option<Hello> {
+    let call = tunnel.next().await.ok()?;
+    assert!(matches!(call, grpc::Event::Call { .. }), "{call:?}");
+    let first: AgentMessage = tunnel.message().await.ok()?;
+    first.hello
+}
 
-    async fn connect(
-        &self,
-        request: Request<Streaming<AgentMessage>>,
-    ) -> Result<Response<Self::ConnectStream>, Status> {
-        let mut messages = request.into_inner();
-        let hello = messages.message().await?.unwrap().hello.unwrap();
+fn welcome(generation: u64, config: mux::Config) -> ServerMessage {
+    let millis = |duration: Duration| u32::try_from(duration.as_millis()).unwrap();
+    let welcome = Welcome {
+        version: wire::VERSION,
+        port: 8100,
+        public_url: "http://localhost:8100".into(),
+        generation,
+        heartbeat_interval_ms: millis(config.heartbeat_interval),
+        heartbeat_timeout_ms: millis(config.heartbeat_timeout),
+        max_exchanges: config.max_exchanges,
+        capabilities: Vec::new(),
+    };
+    ServerMessage {
+        welcome: Some(welcome),
+        ..ServerMessage::default()
+    }
+}
+
+const CONFIG: mux::Config = mux::Config {
+    max_exchanges: 64,
+    heartbeat_interval: Duration::from_secs(10),
+    heartbeat_timeout: Duration::from_secs(30),
+};
+
+impl Service {
+    /// Serves until the session is over. An agent may leave at any time.
+    async fn serve(self, tunnel: &mut Tunnel<TcpStream>, connection: AbortHandle) {
+        let Some(hello) = hello(tunnel).await else {
+            return;
+        };
         self.hellos.send(hello).await.unwrap();
         let count = self.count.fetch_add(1, Ordering::Relaxed);
         if let Err(rejection) = (self.policy)(count) {
@@ -154,72 +173,29 @@ impl Tunnel for Service {
                 rejection: Some(rejection),
                 ..ServerMessage::default()
             };
-            let stream = futures_util::stream::once(async { Ok(message) });
-            return Ok(Response::new(Box::pin(stream)));
+            let _ = tunnel.send(&message).await;
+            return;
         }
-        let config = mux::Config {
-            max_exchanges: 64,
-            heartbeat_interval: Duration::from_secs(10),
-            heartbeat_timeout: Duration::from_secs(30),
-        };
-        let welcome = ServerMessage {
-            welcome: Some(Welcome {
-                version: wire::VERSION,
-                port: 8100,
-                public_url: "http://localhost:8100".into(),
-                generation: count as u64 + 1,
-                heartbeat_interval_ms: 10_000,
-                heartbeat_timeout_ms: 30_000,
-                max_exchanges: config.max_exchanges,
-                capabilities: Vec::new(),
-            }),
-            ..ServerMessage::default()
-        };
-        let link = Link::opener(config, Budget::new(Pool::new(1 << 30), 1 << 30));
+        if tunnel
+            .send(&welcome(count as u64 + 1, CONFIG))
+            .await
+            .is_err()
+        {
+            return;
+        }
+        let link = Link::opener(CONFIG, Budget::new(Pool::new(1 << 30), 1 << 30));
         let frames = Arc::new(AtomicUsize::new(0));
-        let (say, said) = mpsc::channel(1);
-        let ended = tokio::spawn({
-            let (link, frames) = (link.clone(), frames.clone());
-            async move { link.drive(messages, &mut CountFrames(frames)).await }
-        });
-        let connection = self.connection.lock().unwrap().clone().unwrap();
+        let (tell, ended) = oneshot::channel();
         let session = Session {
             link: link.clone(),
             ended,
-            say,
-            frames,
+            frames: frames.clone(),
             connection,
         };
         self.sessions.send(session).await.unwrap();
-        let stream = Outbound {
-            first: Some(welcome),
-            said,
-            link,
-        };
-        Ok(Response::new(Box::pin(stream)))
-    }
-}
-
-struct Outbound {
-    first: Option<ServerMessage>,
-    said: mpsc::Receiver<ServerMessage>,
-    link: Link,
-}
-
-impl Stream for Outbound {
-    type Item = Result<ServerMessage, Status>;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if let Some(first) = self.first.take() {
-            return Poll::Ready(Some(Ok(first)));
-        }
-        if let Poll::Ready(Some(message)) = self.said.poll_recv(cx) {
-            return Poll::Ready(Some(Ok(message)));
-        }
-        let mut frames = Vec::new();
-        self.link
-            .poll_transmit(cx, &mut frames)
-            .map(|more| more.then(|| Ok(frames.into())))
+        let mut observer = CountFrames(frames);
+        let how = tunnel.drive::<AgentMessage, ServerMessage>(&link, &mut observer);
+        let _ = tell.send(how.await);
     }
 }
 

@@ -3,7 +3,9 @@
 use super::*;
 
 use crate::agent::Lost;
-use crate::wire::RejectionReason;
+use crate::grpc::Status;
+use crate::link::tunnel;
+use crate::wire::{Frames, RejectionReason};
 use tokio::time::Instant;
 
 fn rejection(reason: RejectionReason, retry_after_ms: u32) -> Rejection {
@@ -105,29 +107,60 @@ async fn a_rejection_is_obeyed_and_reported() {
 
 #[tokio::test]
 async fn a_replaced_agent_finishes_what_it_has_and_keeps_away() {
-    let mut stage = Stage::new().await;
-    assert!(matches!(stage.event().await, Event::Connected { .. }));
-    let exchange = stage.session.get("/");
-    let mut service = stage.local.accept().await;
+    // A server that says it while exchanges go on: ours says it last.
+    let local = Local::new().await;
+    let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let port = local.0.local_addr().unwrap().port();
+    let (mut events, _stop, agent) = start(config(server.local_addr().unwrap(), port));
+    let mut tunnel = Tunnel::server(soon(server.accept()).await.unwrap().0);
+    soon(hello(&mut tunnel)).await.unwrap();
+    tunnel.send(&welcome(1, CONFIG)).await.unwrap();
+    let budget = Budget::new(Pool::new(1 << 30), 1 << 30);
+    let mut session = mux::Session::opener(CONFIG, budget, Duration::ZERO);
+    let head = request("GET", "/", &[("host", "visitor.test")]);
+    let key = session.open(head, false).unwrap();
+    let mut frames = Vec::new();
+    session.transmit(Duration::ZERO, mux::BATCH_BYTES, &mut frames);
+    tunnel.send(&ServerMessage::from(frames)).await.unwrap();
+    let mut service = local.accept().await;
     service.head().await;
     let message = ServerMessage {
         rejection: Some(rejection(RejectionReason::Replaced, 0)),
         ..ServerMessage::default()
     };
-    stage.session.say.send(message).await.unwrap();
-    service.answer("still").await;
-    assert_eq!(whole(&exchange).await, (200, "still".into()));
-    drop(exchange);
-    let Event::Rejected {
+    tunnel.send(&message).await.unwrap();
+    // The answer after it; then the agent ends its side.
+    let mut answered = false;
+    loop {
+        let message: AgentMessage = match soon(tunnel.message()).await {
+            Ok(message) => message,
+            Err(tunnel::Error::Status(status)) => break assert_eq!(status, Status::OK),
+            Err(error) => panic!("{error}"),
+        };
+        for frame in message.into_frames() {
+            session.receive(frame.unwrap(), Duration::ZERO).unwrap();
+        }
+        if session.peer_is_draining() && !std::mem::replace(&mut answered, true) {
+            service.answer("still").await;
+        }
+    }
+    assert!(matches!(session.read_head(key), HeadRead::Answer(head) if head.status == 200));
+    assert!(matches!(session.read(key), Read::Data(data) if data == "still"));
+    assert!(matches!(session.read(key), Read::End(_)));
+    soon(tunnel.finish()).await;
+    assert!(matches!(
+        soon(events.recv()).await,
+        Some(Event::Connected { .. })
+    ));
+    let Some(Event::Rejected {
         reason, retry_in, ..
-    } = stage.event().await
+    }) = soon(events.recv()).await
     else {
         panic!("not rejected");
     };
     assert_eq!(reason, RejectionReason::Replaced);
     assert!(retry_in >= Duration::from_secs(30));
-    let ended = soon(&mut stage.session.ended).await.unwrap();
-    assert!(matches!(ended, Ended::Closed), "{ended}");
+    agent.abort();
 }
 
 #[tokio::test]

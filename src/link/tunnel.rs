@@ -1,0 +1,489 @@
+//! A tunnel's connection: one gRPC call on one socket, driven by one task.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use thiserror::Error;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Sleep, sleep_until};
+use tokio_util::io::poll_read_buf;
+
+use super::{CloseOnDrop, Ended, Link, Observer, Transmission};
+use crate::grpc::{self, Connection, Event, Status, Target};
+use crate::mux::Frame;
+use crate::wire::{self, Message};
+
+/// What a read takes that finds nothing waiting: onto the stack, so that an idle tunnel has no
+/// buffer.
+const SMALL_READ: usize = 2 * 1024;
+
+/// What a read takes after one that was more than small, and after one that filled that.
+const MEDIUM_READ: usize = 16 * 1024;
+const LARGE_READ: usize = 128 * 1024;
+
+/// What may be handed to the kernel beyond what the peer has taken. It lies where no heartbeat can
+/// overtake it, and Linux would let it grow to megabytes.
+const UNSENT: u32 = 128 * 1024;
+
+/// Sets a tunnel's socket up: batches are whole messages, so nothing is gained by waiting for
+/// more; and little is handed to the kernel ahead of time.
+///
+/// # Errors
+/// The system's, for a socket that is broken already.
+pub fn prepare(stream: &tokio::net::TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    // Other systems keep their smaller buffers.
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    socket2::SockRef::from(stream).set_tcp_notsent_lowat(UNSENT)?;
+    Ok(())
+}
+
+/// Why a tunnel's connection can't go on.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The socket failed.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// The peer closed the socket in the middle of the call.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// The peer broke the rules of HTTP/2 or gRPC, or ended the call by them.
+    #[error("{0}")]
+    Grpc(#[from] grpc::Error),
+    /// The server ended the call with an error, or without having begun it.
+    #[error("{0}")]
+    Status(Status),
+    /// A message that can't be understood.
+    #[error("a message that can't be decoded: {0}")]
+    Decode(#[from] wire::DecodeError),
+}
+
+/// One end of a tunnel's connection. Nothing happens unless one of its futures is polled.
+#[derive(Debug)]
+pub struct Tunnel<T> {
+    io: T,
+    call: Connection,
+    /// What was read and not yet taken apart.
+    input: BytesMut,
+    /// What the next read takes.
+    read_size: usize,
+    /// Whether something was written that isn't flushed.
+    unflushed: bool,
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Tunnel<T> {
+    /// The server's end, which waits for the call.
+    pub fn server(io: T) -> Self {
+        Self::new(io, Connection::server(wire::METHOD, wire::MAX_MESSAGE))
+    }
+
+    /// The client's end, which calls.
+    pub fn client(io: T, secure: bool, authority: &str) -> Self {
+        let target = Target {
+            secure,
+            authority,
+            path: wire::METHOD,
+            user_agent: concat!("silo-proxy/", env!("CARGO_PKG_VERSION")),
+        };
+        Self::new(io, Connection::client(target, wire::MAX_MESSAGE))
+    }
+
+    fn new(io: T, call: Connection) -> Self {
+        Self {
+            io,
+            call,
+            input: BytesMut::new(),
+            read_size: SMALL_READ,
+            unflushed: false,
+        }
+    }
+
+    /// What it runs over.
+    pub fn io_mut(&mut self) -> &mut T {
+        &mut self.io
+    }
+
+    /// Waits for what comes next, and sends what there is to send meanwhile.
+    ///
+    /// # Errors
+    /// Whatever ends the connection. The peer is told of what it did wrong, as far as the socket
+    /// takes it.
+    pub async fn next(&mut self) -> Result<Event, Error> {
+        poll_fn(|cx| {
+            loop {
+                // What the peer doesn't take can wait.
+                let _ = self.poll_flush(cx)?;
+                if let Some(event) = self.take(cx)? {
+                    return Poll::Ready(Ok(event));
+                }
+                ready!(self.poll_fill(cx))?;
+            }
+        })
+        .await
+    }
+
+    /// Waits for the next message.
+    ///
+    /// # Errors
+    /// As [`Tunnel::next`]; and the end of the call is one.
+    pub async fn message<M: Message>(&mut self) -> Result<M, Error> {
+        match self.next().await? {
+            Event::Message(message) => Ok(M::read(message, self.read_size)?),
+            Event::End(status) => Err(Error::Status(status)),
+            Event::Call { .. } | Event::Refused => Err(Error::Closed),
+        }
+    }
+
+    /// Sends a message: a first one, or a last one, for what comes meanwhile is dropped.
+    ///
+    /// # Errors
+    /// Whatever ends the connection.
+    pub async fn send(&mut self, message: &impl Message) -> Result<(), Error> {
+        let mut sent = false;
+        poll_fn(|cx| {
+            loop {
+                ready!(self.poll_flush(cx))?;
+                if sent {
+                    return Poll::Ready(Ok(()));
+                }
+                if self.call.takes_message() {
+                    self.put(message);
+                    sent = true;
+                    continue;
+                }
+                // A window has to open first.
+                ready!(self.poll_fill(cx))?;
+                while self.take(cx)?.is_some() {}
+            }
+        })
+        .await
+    }
+
+    /// Ends our side after what was sent, and reads what comes until the peer closes: whatever lies
+    /// unread when a socket is closed resets the connection, and the last word may be lost. Bound
+    /// it in time: the peer may never close.
+    pub async fn finish(&mut self) {
+        self.call.end();
+        let left = poll_fn(|cx| {
+            ready!(self.poll_flush(cx))?;
+            ready!(Pin::new(&mut self.io).poll_shutdown(cx))?;
+            loop {
+                self.input.clear();
+                ready!(self.poll_fill(cx))?;
+            }
+        });
+        // It ends with an error at best: that the peer has closed.
+        let _: Result<(), Error> = left.await;
+    }
+
+    /// Carries what the link has to say, and tells it what comes, until one side ends. When it
+    /// returns, every exchange has ended.
+    ///
+    /// `I` comes and `O` goes.
+    pub async fn drive<I, O>(&mut self, link: &Link, observer: &mut impl Observer) -> Ended
+    where
+        I: Message,
+        O: Message + From<Vec<Frame>>,
+    {
+        // Whoever drops this future ends the tunnel as well.
+        let _close = CloseOnDrop(link);
+        let mut timer = pin!(sleep_until(link.next_timeout()));
+        let mut round_trip = None;
+        // The first messages, and even the end, may have come with the one before.
+        let mut unread = true;
+        poll_fn(|cx| {
+            if link.poll_closed(cx).is_ready() {
+                return Poll::Ready(Ended::ClosedHere);
+            }
+            if let Poll::Ready(ended) = poll_time(link, timer.as_mut(), cx) {
+                return Poll::Ready(ended);
+            }
+            loop {
+                // What has come first: it may have to be answered.
+                let filled = std::mem::take(&mut unread)
+                    || match self.poll_fill(cx) {
+                        Poll::Ready(Err(error)) => return Poll::Ready(error.into()),
+                        filled => filled.is_ready(),
+                    };
+                if filled && let Err(ended) = self.receive::<I>(link, observer, &mut round_trip, cx)
+                {
+                    return Poll::Ready(ended);
+                }
+                if let Err(ended) = self.transmit::<O>(link, observer, cx) {
+                    return Poll::Ready(ended);
+                }
+                if !filled {
+                    return Poll::Pending;
+                }
+            }
+        })
+        .await
+    }
+
+    fn receive<I: Message>(
+        &mut self,
+        link: &Link,
+        observer: &mut impl Observer,
+        round_trip: &mut Option<Duration>,
+        cx: &mut Context<'_>,
+    ) -> Result<(), Ended> {
+        while let Some(event) = self.take(cx)? {
+            let message = match event {
+                Event::Message(message) => message,
+                Event::End(Status { code: 0, .. }) => return Err(Ended::Closed),
+                Event::End(status) => return Err(Error::Status(status).into()),
+                Event::Call { .. } | Event::Refused => continue,
+            };
+            let mut message = I::read(message, self.read_size).map_err(Error::from)?;
+            if let Some(rejection) = message.take_rejection() {
+                observer.rejected(rejection);
+            }
+            let received = link.receive(message)?;
+            observer.received(received.frames);
+            if received.round_trip != *round_trip
+                && let Some(measured) = received.round_trip
+            {
+                *round_trip = received.round_trip;
+                observer.round_trip(measured);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends as much as there is and the peer takes.
+    fn transmit<O: Message + From<Vec<Frame>>>(
+        &mut self,
+        link: &Link,
+        observer: &mut impl Observer,
+        cx: &mut Context<'_>,
+    ) -> Result<(), Ended> {
+        loop {
+            if self.poll_flush(cx)?.is_pending() || !self.call.takes_message() {
+                return Ok(());
+            }
+            let mut frames = Vec::new();
+            match link.poll_transmit(cx, &mut frames) {
+                Poll::Ready(Transmission::Batch) => {
+                    observer.sent(frames.len());
+                    self.put(&O::from(frames));
+                }
+                Poll::Ready(Transmission::Last) => self.call.end(),
+                Poll::Ready(Transmission::Closed) => return Err(Ended::ClosedHere),
+                Poll::Pending => return Ok(()),
+            }
+        }
+    }
+
+    fn put(&mut self, message: &impl Message) {
+        self.call.send(message.length(), |out| message.write(out));
+    }
+
+    /// What is in what was read. The peer is told what is wrong with it.
+    fn take(&mut self, cx: &mut Context<'_>) -> Result<Option<Event>, Error> {
+        let event = self.call.receive(&mut self.input);
+        if self.input.is_empty() && self.read_size == SMALL_READ {
+            self.input = BytesMut::new();
+        }
+        event.map_err(|error| {
+            self.call.go_away(&error);
+            // As far as the socket takes it.
+            let _ = self.poll_flush(cx);
+            error.into()
+        })
+    }
+
+    /// Reads more; an error at the end of what the peer sends.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let room;
+        let read = if self.read_size == SMALL_READ && self.input.is_empty() {
+            room = SMALL_READ;
+            let mut space = [std::mem::MaybeUninit::uninit(); SMALL_READ];
+            let mut space = ReadBuf::uninit(&mut space);
+            ready!(Pin::new(&mut self.io).poll_read(cx, &mut space))?;
+            self.input.extend_from_slice(space.filled());
+            space.filled().len()
+        } else {
+            let wanted = self.read_size.max(self.call.missing(&self.input));
+            if self.input.capacity() - self.input.len() < wanted / 4 {
+                // Free if nothing of the buffer is in use any more.
+                self.input.reserve(wanted);
+            }
+            room = self.input.capacity() - self.input.len();
+            ready!(poll_read_buf(Pin::new(&mut self.io), cx, &mut self.input))?
+        };
+        self.read_size = match read {
+            0 => return Poll::Ready(Err(Error::Closed)),
+            _ if read == room => (self.read_size * 8).min(LARGE_READ),
+            _ if read < SMALL_READ => SMALL_READ,
+            _ => self.read_size.max(MEDIUM_READ),
+        };
+        Poll::Ready(Ok(()))
+    }
+
+    /// Writes what there is to write.
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        while !self.call.output().is_empty() {
+            let wrote = ready!(Pin::new(&mut self.io).poll_write(cx, self.call.output()))?;
+            if wrote == 0 {
+                return Poll::Ready(Err(io::Error::from(io::ErrorKind::WriteZero).into()));
+            }
+            self.call.wrote(wrote);
+            self.unflushed = true;
+        }
+        if self.unflushed {
+            // TLS keeps what the socket hasn't taken.
+            ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Does what is due.
+fn poll_time(link: &Link, mut timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Ended> {
+    while timer.as_mut().poll(cx).is_ready() {
+        if let Err(error) = link.handle_timeout() {
+            return Poll::Ready(error.into());
+        }
+        timer.as_mut().reset(link.next_timeout());
+    }
+    Poll::Pending
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{DuplexStream, duplex};
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::mux::{Budget, Config, Pool};
+    use crate::wire::{AgentMessage, Hello, Rejection, ServerMessage, Welcome};
+
+    const CONFIG: Config = Config {
+        max_exchanges: 8,
+        heartbeat_interval: Duration::from_secs(10),
+        heartbeat_timeout: Duration::from_secs(30),
+    };
+
+    fn link() -> Link {
+        Link::acceptor(CONFIG, Budget::new(Pool::new(1 << 20), 1 << 20))
+    }
+
+    /// What an agent's end comes to.
+    async fn drive(agent: &mut Tunnel<DuplexStream>, link: &Link) -> (Ended, Option<Rejection>) {
+        let mut noted = Noted::default();
+        let ended = agent
+            .drive::<ServerMessage, AgentMessage>(link, &mut noted)
+            .await;
+        (ended, noted.0)
+    }
+
+    #[derive(Default)]
+    struct Noted(Option<Rejection>);
+
+    impl Observer for Noted {
+        fn received(&mut self, _: usize) {}
+
+        fn round_trip(&mut self, _: Duration) {}
+
+        fn rejected(&mut self, rejection: Rejection) {
+            self.0 = Some(rejection);
+        }
+    }
+
+    /// A call that has begun, over pipes of this size.
+    async fn call(size: usize) -> (Tunnel<DuplexStream>, Tunnel<DuplexStream>) {
+        let (ours, theirs) = duplex(size);
+        let mut agent = Tunnel::client(ours, false, "server.test:9090");
+        let mut server = Tunnel::server(theirs);
+        let hello = AgentMessage {
+            hello: Some(Hello::default()),
+            ..AgentMessage::default()
+        };
+        let said = agent.send(&hello);
+        let heard = async {
+            let call = server.next().await.unwrap();
+            assert!(matches!(call, Event::Call { .. }), "{call:?}");
+            server.message::<AgentMessage>().await.unwrap()
+        };
+        let (said, heard) = tokio::join!(said, heard);
+        said.unwrap();
+        assert_eq!(heard.hello, hello.hello);
+        (agent, server)
+    }
+
+    #[tokio::test]
+    async fn a_whole_session_may_come_in_one_read() {
+        let (mut agent, mut server) = call(1 << 16).await;
+        let welcome = ServerMessage {
+            welcome: Some(Welcome::default()),
+            ..ServerMessage::default()
+        };
+        let rejection = Rejection {
+            detail: "enough".into(),
+            ..Rejection::default()
+        };
+        let rejected = ServerMessage {
+            rejection: Some(rejection.clone()),
+            ..ServerMessage::default()
+        };
+        server.send(&welcome).await.unwrap();
+        server.send(&rejected).await.unwrap();
+        // Its end too, and the connection's: nobody waits for ours.
+        let _ = timeout(Duration::from_millis(1), server.finish()).await;
+        drop(server);
+        let first: ServerMessage = agent.message().await.unwrap();
+        assert_eq!(first.welcome, welcome.welcome);
+        let (ended, noted) = drive(&mut agent, &link()).await;
+        assert!(matches!(ended, Ended::Closed), "{ended}");
+        assert_eq!(noted, Some(rejection));
+    }
+
+    #[tokio::test]
+    async fn a_last_word_passes_a_pipe_that_takes_a_byte_at_a_time() {
+        let (mut agent, mut server) = call(1).await;
+        let link = link();
+        link.finish();
+        let last = ServerMessage {
+            rejection: Some(Rejection::default()),
+            ..ServerMessage::default()
+        };
+        let serve = async {
+            assert!(matches!(server.next().await, Ok(Event::End(status)) if status == Status::OK));
+            server.send(&last).await.unwrap();
+            server.finish().await;
+        };
+        let driven = async {
+            let (ended, noted) = drive(&mut agent, &link).await;
+            assert!(matches!(ended, Ended::Closed), "{ended}");
+            // The peer waits for this.
+            drop(agent);
+            noted
+        };
+        let ((), noted) = tokio::join!(serve, driven);
+        assert_eq!(noted, Some(Rejection::default()));
+    }
+
+    #[tokio::test]
+    async fn what_a_peer_does_wrong_it_is_told() {
+        let (mut agent, server) = call(1 << 16).await;
+        let Tunnel { mut io, .. } = server;
+        let ping_on_a_stream = b"\0\0\x08\x06\0\0\0\0\x0112345678";
+        tokio::io::AsyncWriteExt::write_all(&mut io, ping_on_a_stream)
+            .await
+            .unwrap();
+        let ended = drive(&mut agent, &link()).await.0.to_string();
+        assert!(ended.contains("a ping on a stream"), "{ended}");
+        drop(agent);
+        let mut told = Vec::new();
+        tokio::io::AsyncReadExt::read_to_end(&mut io, &mut told)
+            .await
+            .unwrap();
+        // A GOAWAY frame with PROTOCOL_ERROR.
+        assert!(told.ends_with(&[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]));
+    }
+}
