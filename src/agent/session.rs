@@ -127,7 +127,12 @@ pub(super) async fn dial(agent: &Agent, last_port: u16) -> Result<Session, Lost>
         Ok(connected) => connected.map_err(Lost::Connect)?,
         Err(_) => return Err(Lost::Connect(io::ErrorKind::TimedOut.into())),
     };
-    tunnel::prepare(&stream).map_err(Lost::Connect)?;
+    // Batches are whole messages, so nothing is gained by waiting for more; and no heartbeat can
+    // overtake what was handed to the kernel ahead of time.
+    let prepared = stream
+        .set_nodelay(true)
+        .and_then(|()| net::bound_unsent(&stream));
+    prepared.map_err(Lost::Connect)?;
     let patience = WELCOME_TIMEOUT.min(shared.config.grpc.heartbeat_timeout);
     let stream = Sniffed::new(stream);
     let first_byte = stream.first_byte();

@@ -25,23 +25,6 @@ const SMALL_READ: usize = 2 * 1024;
 const MEDIUM_READ: usize = 16 * 1024;
 const LARGE_READ: usize = 128 * 1024;
 
-/// What may be handed to the kernel beyond what the peer has taken. It lies where no heartbeat can
-/// overtake it, and Linux would let it grow to megabytes.
-const UNSENT: u32 = 128 * 1024;
-
-/// Sets a tunnel's socket up: batches are whole messages, so nothing is gained by waiting for
-/// more; and little is handed to the kernel ahead of time.
-///
-/// # Errors
-/// The system's, for a socket that is broken already.
-pub fn prepare(stream: &tokio::net::TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    // Other systems keep their smaller buffers.
-    #[cfg(any(target_os = "linux", target_os = "android"))]
-    socket2::SockRef::from(stream).set_tcp_notsent_lowat(UNSENT)?;
-    Ok(())
-}
-
 /// Why a tunnel's connection can't go on.
 #[derive(Debug, Error)]
 pub enum Error {

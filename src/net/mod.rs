@@ -9,6 +9,7 @@ pub mod tls;
 
 use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -24,7 +25,26 @@ use crate::ports::BindFailure;
 /// `net.core.somaxconn` (4096 on Linux by default).
 pub const BACKLOG: i32 = 1024;
 
-/// Listens on an address: nonblocking, closed on exec, `TCP_NODELAY` for whatever is accepted.
+/// What may be handed to the kernel beyond what the peer's window takes, in bytes. It waits there
+/// for a peer that doesn't read, and Linux would let it grow to 4 MiB a connection; with less, a
+/// fast peer's window would run dry before a task is woken to fill it.
+const UNSENT: u32 = 128 * 1024;
+
+/// Bounds what the kernel takes ahead of time (`TCP_NOTSENT_LOWAT`). What is on its way to a peer
+/// far away isn't bounded by it, so it doesn't cost throughput. Other systems than Linux keep their
+/// smaller buffers.
+///
+/// # Errors
+/// The system's, for a socket that is broken already.
+pub fn bound_unsent(socket: &impl AsFd) -> io::Result<()> {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    SockRef::from(socket).set_tcp_notsent_lowat(UNSENT)?;
+    let _ = socket;
+    Ok(())
+}
+
+/// Listens on an address: nonblocking, closed on exec, and for whatever is accepted `TCP_NODELAY`
+/// and [`bound_unsent`].
 ///
 /// On `[::]` the socket serves IPv4 as well, and where the host has no IPv6 it falls back to
 /// `0.0.0.0`. `SO_REUSEADDR` is set, so that a port whose connections linger in `TIME_WAIT` can
@@ -52,8 +72,9 @@ fn listen_on(address: SocketAddr, dual_stack: bool) -> io::Result<TcpListener> {
         socket.set_only_v6(false)?;
     }
     socket.set_reuse_address(true)?;
-    // Accepted sockets inherit it on Linux, which spares a system call for each of them.
+    // Accepted sockets inherit these on Linux, which spares system calls for each of them.
     socket.set_tcp_nodelay(true)?;
+    bound_unsent(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())

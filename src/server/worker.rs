@@ -290,9 +290,7 @@ impl Worker {
     fn admit_agent(self: &Arc<Self>, accepted: Accepted) {
         let counted = Counted(self.clone());
         let slot = Handshake::begin(&self.shared);
-        let stream = TcpStream::from_std(accepted.stream)
-            .and_then(|stream| tunnel::prepare(&stream).map(|()| stream));
-        match stream {
+        match TcpStream::from_std(accepted.stream) {
             Ok(stream) => {
                 tokio::spawn(async move {
                     let worker = counted.0.clone();

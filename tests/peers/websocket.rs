@@ -82,7 +82,11 @@ fn visited(service: SocketAddr, visitors: &[Speaker], bytes: usize) -> Vec<Strin
     let failures: Vec<&str> = (metrics.lines())
         .filter(|line| line.starts_with("silo_failures_total") && !line.ends_with(" 0"))
         .collect();
-    assert!(failures.is_empty(), "{failures:?}\n{}", server.process.log());
+    assert!(
+        failures.is_empty(),
+        "{failures:?}\n{}",
+        server.process.log()
+    );
     seen
 }
 
