@@ -63,7 +63,8 @@ impl Drop for Nginx {
     }
 }
 
-fn path_with_sbin() -> String {
+/// Where daemons are found too.
+pub fn path_with_sbin() -> String {
     let path = std::env::var_os("PATH").unwrap_or_default();
     format!("{}:/usr/sbin:/sbin", path.to_string_lossy())
 }
