@@ -11,6 +11,7 @@
 )]
 
 pub mod nginx;
+pub mod bystander;
 pub mod raw;
 pub mod relay;
 

@@ -1,0 +1,28 @@
+//! What services and visitors do to an agent, and that nobody beside them notices: each case has a
+//! bystander who is served all the while ([`common::bystander`]).
+#![cfg(target_os = "linux")]
+#![allow(
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "a test may fail anywhere, and tells what it measured"
+)]
+
+#[path = "../http2/client.rs"]
+#[allow(dead_code, reason = "the tests of HTTP/2 use the rest of it")]
+mod client;
+#[path = "../common/mod.rs"]
+mod common;
+
+mod broken;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Held by each test: what they measure would only measure the others.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    // One that failed is no reason for the others to.
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
