@@ -17,6 +17,7 @@ mod client;
 mod common;
 
 mod broken;
+mod closes;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
