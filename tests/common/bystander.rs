@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::raw::read_request;
+use super::raw::{Received, read_request};
 use super::{Agent, Process, Server, eventually, pause, try_read_answer};
 
 /// Below this a p99 says more about the machine than about us: it has two cores, shared by all the
@@ -283,25 +283,27 @@ pub fn signing_service() -> SocketAddr {
     super::service(|mut stream| {
         let _ = stream.set_nodelay(true);
         while let Ok(request) = read_request(&mut stream) {
-            let line = request.line();
-            let id = line.split(['/', ' ']).nth(2).and_then(|id| id.parse().ok());
-            let is_his = id.is_some_and(|id| request.body == body_of(id))
-                && request.header("x-sum") == [sum(&request.body).to_string()];
-            let status = if is_his { "200 OK" } else { "400 Mixed Up" };
-            let (id, body) = (id.unwrap_or_default(), body_of(!id.unwrap_or_default()));
-            let head = format!(
-                "HTTP/1.1 {status}\r\nX-Id: {id}\r\nX-Sum: {}\r\nContent-Length: {}\r\n\r\n",
-                sum(&body),
-                body.len()
-            );
-            if stream
-                .write_all(&[head.as_bytes(), &body].concat())
-                .is_err()
-            {
+            if sign(&request, &mut stream).is_err() {
                 return;
             }
         }
     })
+}
+
+/// Answers one request as a [`signing_service`] does, in a service that does more.
+pub fn sign(request: &Received, stream: &mut impl Write) -> io::Result<()> {
+    let line = request.line();
+    let id = line.split(['/', ' ']).nth(2).and_then(|id| id.parse().ok());
+    let is_his = id.is_some_and(|id| request.body == body_of(id))
+        && request.header("x-sum") == [sum(&request.body).to_string()];
+    let status = if is_his { "200 OK" } else { "400 Mixed Up" };
+    let (id, body) = (id.unwrap_or_default(), body_of(!id.unwrap_or_default()));
+    let head = format!(
+        "HTTP/1.1 {status}\r\nX-Id: {id}\r\nX-Sum: {}\r\nContent-Length: {}\r\n\r\n",
+        sum(&body),
+        body.len()
+    );
+    stream.write_all(&[head.as_bytes(), &body].concat())
 }
 
 /// A body that belongs to one request: of 8 bytes to 2 KiB, with its id all over.

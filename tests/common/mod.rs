@@ -234,6 +234,31 @@ fn status_number(pid: u32, key: &str) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
+/// The bytes that wait in the queues of all TCP sockets with one of `ports` at either end, sent
+/// and not acknowledged or received and not read.
+pub fn bytes_in_sockets(ports: &[u16]) -> u64 {
+    let hexadecimal = |text: &str| u64::from_str_radix(text, 16).unwrap();
+    ["/proc/net/tcp", "/proc/net/tcp6"]
+        .into_iter()
+        // A host may lack IPv6.
+        .filter_map(|table| std::fs::read_to_string(table).ok())
+        .flat_map(|table| table.lines().skip(1).map(str::to_owned).collect::<Vec<_>>())
+        .filter_map(|line| {
+            // sl, local_address:port, rem_address:port, state, tx_queue:rx_queue, ...
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let is_ours = [fields[1], fields[2]].iter().any(|address| {
+                let (_, port) = address.split_once(':').unwrap();
+                ports
+                    .iter()
+                    .any(|ours| u64::from(*ours) == hexadecimal(port))
+            });
+            let (sent, received) = fields[4].split_once(':').unwrap();
+            // A listening socket counts connections there.
+            (is_ours && fields[3] == "01").then(|| hexadecimal(sent) + hexadecimal(received))
+        })
+        .sum()
+}
+
 /// A short wait inside a loop that has a deadline.
 #[expect(
     clippy::disallowed_methods,
