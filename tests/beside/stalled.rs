@@ -4,16 +4,17 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::mpsc::Sender;
 use std::sync::{LazyLock, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::alone;
-use crate::common::bystander::Bystander;
-use crate::common::raw::{channel, pattern, settles, take};
+use crate::common::bystander::{Bystander, SignedVisitor, allowed, p99, sign};
+use crate::common::raw::{channel, pattern, read_request, send, settles, take};
 use crate::common::{
-    Server, bytes_in_sockets, connect, port_range, read_answer, read_head, service,
+    Agent, Server, bytes_in_sockets, connect, pause, port_range, read_answer, read_head, service,
 };
 
-const MIB: u64 = 1024 * 1024;
+const KIB: u64 = 1024;
+const MIB: u64 = 1024 * KIB;
 const GIB: u64 = 1024 * MIB;
 
 /// What of an upload that nobody reads may be on its way, beyond what the kernel holds: how large
@@ -127,4 +128,108 @@ fn write_until_stalled(visitor: &mut TcpStream, size: u64) -> u64 {
     }
     visitor.set_write_timeout(None).unwrap();
     written
+}
+
+/// Visitors of the same agent as the reader.
+const FAST: usize = 50;
+
+/// Between two requests of each of them: fifty that never pause would only measure how long the
+/// machine's two cores take for fifty.
+const PAUSE: Duration = Duration::from_millis(100);
+
+#[test]
+fn a_reader_of_a_kibibyte_a_second_holds_up_no_visitor_of_the_same_agent() {
+    let _alone = alone();
+    let address = service(|mut stream| {
+        stream.set_nodelay(true).unwrap();
+        while let Ok(request) = read_request(&mut stream) {
+            let outcome = if request.line().starts_with("GET /gibibyte ") {
+                send_all(&mut stream, GIB)
+            } else {
+                sign(&request, &mut stream)
+            };
+            if outcome.is_err() {
+                return;
+            }
+        }
+    });
+    let server = Server::with(port_range(4), &[]);
+    // Connections that fifty visitors needed aren't kept longer than the test.
+    let idle = ("local.idle_timeout", "2s");
+    let agent = server.agent_with("shared", address, &[idle]);
+    let bystander = Bystander::start(&server, &[&agent.process]);
+    let mut fast: Vec<SignedVisitor> = (0..FAST)
+        .map(|_| SignedVisitor::open(agent.address()).unwrap())
+        .collect();
+    visit(&mut fast, Duration::from_secs(1));
+    // Whatever else holds up the machine holds up all fifty: the best of three counts.
+    let held_up = (0..3).all(|_| {
+        let quiet = visit(&mut fast, Duration::from_secs(3));
+        let beside = beside_slow_reader(&agent, || visit(&mut fast, Duration::from_secs(3)));
+        eprintln!("fifty visitors: p99 {beside:?} beside a slow reader, {quiet:?} without him");
+        beside > allowed(quiet)
+    });
+    assert!(!held_up, "three times");
+    drop(fast);
+    settles(&server);
+    bystander.noticed_nothing();
+}
+
+/// Does something while one reads a body of a gibibyte at a kibibyte a second.
+fn beside_slow_reader<T: Send>(agent: &Agent, action: impl FnOnce() -> T + Send) -> T {
+    let request = "GET /gibibyte HTTP/1.1\r\nHost: h\r\n\r\n";
+    let mut reader = send(agent.address(), request);
+    read_head(&mut reader).unwrap();
+    std::thread::scope(|scope| {
+        let action = scope.spawn(action);
+        let began = Instant::now();
+        let mut read = 0;
+        while !action.is_finished() {
+            if began.elapsed().as_secs() * KIB >= read {
+                let mut bytes = [0; KIB as usize];
+                reader.read_exact(&mut bytes).unwrap();
+                assert!(bytes[..] == *piece(read, KIB), "other bytes after {read}");
+                read += KIB;
+            }
+            pause();
+        }
+        action.join().unwrap()
+    })
+}
+
+/// Has all of them ask for some time, and returns the p99 of what they waited.
+fn visit(visitors: &mut [SignedVisitor], time: Duration) -> Duration {
+    let until = Instant::now() + time;
+    let mut waited: Vec<Duration> = std::thread::scope(|scope| {
+        let visits: Vec<_> = visitors
+            .iter_mut()
+            .map(|visitor| {
+                scope.spawn(move || {
+                    let mut waited = Vec::new();
+                    while Instant::now() < until {
+                        waited.push(visitor.ask().unwrap());
+                        let next = Instant::now() + PAUSE;
+                        while Instant::now() < next {
+                            pause();
+                        }
+                    }
+                    waited
+                })
+            })
+            .collect();
+        visits
+            .into_iter()
+            .flat_map(|one| one.join().unwrap())
+            .collect()
+    });
+    p99(&mut waited)
+}
+
+fn send_all(stream: &mut TcpStream, size: u64) -> io::Result<()> {
+    write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n")?;
+    let mut position = 0;
+    while position < size {
+        position += stream.write(piece(position, size - position))? as u64;
+    }
+    Ok(())
 }
