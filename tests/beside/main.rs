@@ -18,6 +18,7 @@ mod common;
 
 mod broken;
 mod closes;
+mod events;
 mod stalled;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
