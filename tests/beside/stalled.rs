@@ -138,6 +138,7 @@ const FAST: usize = 50;
 const PAUSE: Duration = Duration::from_millis(100);
 
 #[test]
+#[ignore = "it measures for eleven seconds"]
 fn a_reader_of_a_kibibyte_a_second_holds_up_no_visitor_of_the_same_agent() {
     let _alone = alone();
     let address = service(|mut stream| {

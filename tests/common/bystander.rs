@@ -23,7 +23,7 @@ use super::{Agent, Process, Server, eventually, pause, try_read_answer};
 pub const FLOOR: Duration = Duration::from_millis(20);
 
 /// As many answers as a p99 needs, at least, to be more than the slowest of all.
-const ENOUGH: usize = 300;
+const ENOUGH: usize = 200;
 
 /// How soon memory and descriptors must be back after a case.
 const BACK: Duration = Duration::from_secs(10);
