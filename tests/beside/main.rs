@@ -19,6 +19,7 @@ mod common;
 mod broken;
 mod closes;
 mod events;
+mod expect;
 mod stalled;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

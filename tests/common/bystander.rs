@@ -240,7 +240,11 @@ pub struct SignedVisitor {
 
 impl SignedVisitor {
     pub fn open(address: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect(address)?;
+        Self::on(TcpStream::connect(address)?)
+    }
+
+    /// One who goes on with a connection that has served other requests.
+    pub fn on(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(super::PATIENCE))?;
         let reader = BufReader::new(stream.try_clone()?);

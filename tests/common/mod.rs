@@ -10,8 +10,8 @@
     reason = "a test fails anywhere, and shows its logs then"
 )]
 
-pub mod nginx;
 pub mod bystander;
+pub mod nginx;
 pub mod raw;
 pub mod relay;
 
