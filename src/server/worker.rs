@@ -55,6 +55,10 @@ const QUEUE: usize = 1024;
 /// The same at most: what `http.max_connections` may be. Room is allocated as connections come.
 const LONGEST_QUEUE: usize = 10_000_000;
 
+/// How many connections are admitted before those that are there have their turn: each new one is a
+/// task to be run, and a flood of them would be thousands before the next byte of a request.
+const AT_ONCE: usize = 32;
+
 /// How many bytes an agent may send before it is welcomed: a hello is a few hundred, with the most
 /// and longest labels 9 KiB, and HTTP/2 adds less than one. More would lie in memory for nobody.
 /// A TLS handshake before it may take as much again: mostly the certificates, 2 KiB each at most.
@@ -212,10 +216,17 @@ impl Worker {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let mut sweep_at = None;
         let mut meter = Meter::default();
+        let mut admitted = 0;
         loop {
             tokio::select! {
                 job = jobs.recv() => match job {
-                    Some(job) => self.take(job),
+                    Some(job) => {
+                        admitted += self.take(job);
+                        if admitted >= AT_ONCE {
+                            admitted = 0;
+                            tokio::task::yield_now().await;
+                        }
+                    }
                     None => return,
                 },
                 _ = ticks.tick() => {
@@ -236,17 +247,22 @@ impl Worker {
         }
     }
 
-    fn take(self: &Arc<Self>, job: Job) {
+    /// Admits the connections, and says how many they were.
+    fn take(self: &Arc<Self>, job: Job) -> usize {
         match job {
             Job::Visitors(tenancy, batch) => {
+                let count = batch.len();
                 for accepted in batch {
                     ingress::admit(self, &tenancy, accepted);
                 }
+                count
             }
             Job::Agents(batch) => {
+                let count = batch.len();
                 for accepted in batch {
                     self.admit_agent(accepted);
                 }
+                count
             }
         }
     }

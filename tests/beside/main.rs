@@ -16,6 +16,7 @@ mod client;
 #[path = "../common/mod.rs"]
 mod common;
 
+mod attacks;
 mod broken;
 mod closes;
 mod events;
