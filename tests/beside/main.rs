@@ -21,6 +21,7 @@ mod broken;
 mod closes;
 mod events;
 mod expect;
+mod flapping;
 mod stalled;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -4,7 +4,8 @@
 //! asking. What he waits is measured while nothing happens, and then beside the case. At the end
 //! [`Bystander::noticed_nothing`] asserts what has to hold after every case: he had no error and
 //! no byte that wasn't his, his p99 at most doubled, the processes live, and their memory and
-//! descriptors are where they were.
+//! descriptors are where they were. A second visitor asks the service itself: what he waits beside
+//! the case isn't the tunnel's doing but the machine's.
 
 use std::fmt::Write as _;
 use std::io::{self, BufReader, Write};
@@ -38,7 +39,9 @@ const DESCRIPTORS: usize = 4;
 pub struct Bystander {
     agent: Agent,
     visits: Arc<Visits>,
-    visitor: Option<JoinHandle<()>>,
+    /// Those of the visitor who asks the service itself.
+    direct: Arc<Visits>,
+    visitors: Vec<JoinHandle<()>>,
     quiet: Duration,
     watched: Vec<Watched>,
 }
@@ -64,19 +67,18 @@ impl Bystander {
     /// Starts one on the case's server and watches it for a while without the case. `others` are
     /// the processes that have to outlive it too, such as the case's agent.
     pub fn start(server: &Server, others: &[&Process]) -> Self {
-        let agent = server.agent("bystander", signing_service());
-        let address = agent.address();
-        let visits = Arc::new(Visits::default());
-        let shared = visits.clone();
-        let visitor = std::thread::spawn(move || {
-            if let Err(error) = visit(address, &shared) {
-                *shared.failed.lock().unwrap() = Some(error.to_string());
-            }
-        });
+        let service = signing_service();
+        let agent = server.agent("bystander", service);
+        let (visits, direct) = (Arc::default(), Arc::default());
+        let visitors = vec![
+            visit_steadily(agent.address(), &visits),
+            visit_steadily(service, &direct),
+        ];
         let mut bystander = Self {
             agent,
             visits,
-            visitor: Some(visitor),
+            direct,
+            visitors,
             quiet: Duration::ZERO,
             watched: Vec::new(),
         };
@@ -84,7 +86,7 @@ impl Bystander {
         bystander.wait_for(50);
         bystander.forget();
         bystander.wait_for(ENOUGH);
-        bystander.quiet = bystander.p99();
+        bystander.quiet = bystander.visits.p99();
         bystander.watched = [&server.process, &bystander.agent.process]
             .into_iter()
             .chain(others.iter().copied())
@@ -106,7 +108,9 @@ impl Bystander {
 
     /// Forgets what he has waited so far: the case begins now.
     pub fn forget(&self) {
-        self.visits.waited.lock().unwrap().clear();
+        for visits in [&self.visits, &self.direct] {
+            visits.waited.lock().unwrap().clear();
+        }
     }
 
     /// Asserts that the case made no difference to him, and left nothing behind. The case's own
@@ -116,10 +120,11 @@ impl Bystander {
         // A short case doesn't give a p99 of its own: what follows it counts as well.
         self.wait_for(ENOUGH);
         let count = self.visits.waited.lock().unwrap().len();
-        let p99 = self.p99();
-        let allowed = allowed(self.quiet);
+        let (p99, direct) = (self.visits.p99(), self.direct.p99());
+        let allowed = allowed(self.quiet.max(direct));
         eprintln!(
-            "bystander: p99 {p99:?} of {count} answers, {:?} without the case, {allowed:?} allowed",
+            "bystander: p99 {p99:?} of {count} answers, {:?} without the case, {direct:?} without \
+             the tunnel, {allowed:?} allowed",
             self.quiet
         );
         assert!(p99 <= allowed, "p99 {p99:?}, allowed {allowed:?}");
@@ -143,25 +148,33 @@ impl Bystander {
     fn wait_for(&self, count: usize) {
         eventually(super::PATIENCE, "the bystander is answered", || {
             self.check();
-            self.visits.waited.lock().unwrap().len() >= count
+            [&self.visits, &self.direct]
+                .iter()
+                .all(|visits| visits.waited.lock().unwrap().len() >= count)
         });
     }
 
     #[track_caller]
     fn check(&self) {
-        let failed = self.visits.failed.lock().unwrap().clone();
-        assert!(failed.is_none(), "the bystander: {}", failed.unwrap());
+        for visits in [&self.visits, &self.direct] {
+            let failed = visits.failed.lock().unwrap().clone();
+            assert!(failed.is_none(), "the bystander: {}", failed.unwrap());
+        }
     }
+}
 
+impl Visits {
     fn p99(&self) -> Duration {
-        p99(&mut self.visits.waited.lock().unwrap().clone())
+        p99(&mut self.waited.lock().unwrap().clone())
     }
 }
 
 impl Drop for Bystander {
     fn drop(&mut self) {
-        self.visits.over.store(true, Ordering::Relaxed);
-        if let Some(visitor) = self.visitor.take() {
+        for visits in [&self.visits, &self.direct] {
+            visits.over.store(true, Ordering::Relaxed);
+        }
+        for visitor in self.visitors.drain(..) {
             let _ = visitor.join();
         }
     }
@@ -210,6 +223,16 @@ impl Watched {
             )
         })
     }
+}
+
+/// A visitor who asks until it is over.
+fn visit_steadily(address: SocketAddr, visits: &Arc<Visits>) -> JoinHandle<()> {
+    let visits = visits.clone();
+    std::thread::spawn(move || {
+        if let Err(error) = visit(address, &visits) {
+            *visits.failed.lock().unwrap() = Some(error.to_string());
+        }
+    })
 }
 
 /// Asks until it is over: mostly on a connection that is kept, sometimes on a new one.
