@@ -71,7 +71,11 @@ fn flap(count: u16, time: Duration) {
         assert!(came > 1.5 * f64::from(count), "too little for this test");
         (bystander, flapping)
     });
-    assert_eq!(before, those(), "their ports and their sessions are the same");
+    assert_eq!(
+        before,
+        those(),
+        "their ports and their sessions are the same"
+    );
 
     flapping.kill();
     eventually(PATIENCE, "none that flaps is listed", || {
@@ -168,7 +172,10 @@ fn ask_flapping(address: SocketAddr) -> String {
             let error = answer.header("x-silo-error").concat();
             let status = answer.status;
             assert!(
-                matches!((status, &*error), (502, "tunnel_lost") | (503, "agent_offline")),
+                matches!(
+                    (status, &*error),
+                    (502, "tunnel_lost") | (503, "agent_offline")
+                ),
                 "{status} {error}: {}",
                 answer.text()
             );

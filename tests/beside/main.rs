@@ -22,6 +22,7 @@ mod closes;
 mod events;
 mod expect;
 mod flapping;
+mod link;
 mod stalled;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
