@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use silo_proxy::agent::Agent;
 use silo_proxy::config::AgentConfig;
@@ -59,7 +59,10 @@ fn flap(count: u16, time: Duration) {
         asked.store(0, Ordering::Relaxed);
         let flapping = start_agents(&server, text_service(FLAPPER), "flap", count);
         let heard = scope.spawn(|| visit_flapping(&server, &over));
-        std::thread::sleep(time);
+        let until = Instant::now() + time;
+        while Instant::now() < until {
+            pause();
+        }
         over.store(true, Ordering::Relaxed);
         let came = server.metric("silo_registrations_total", "") - f64::from(count + 1);
         eprintln!(

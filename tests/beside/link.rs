@@ -234,16 +234,21 @@ fn carry(from: &TcpStream, to: &TcpStream) {
                 return;
             }
             // A full queue takes nothing.
-            std::thread::sleep((free - QUEUE).saturating_duration_since(Instant::now()));
+            wait_until(free - QUEUE);
         }
     });
     std::thread::spawn(move || {
         for (arrives, bytes) in arrivals {
-            std::thread::sleep(arrives.saturating_duration_since(Instant::now()));
+            wait_until(arrives);
             if to.write_all(&bytes).is_err() {
                 break;
             }
         }
         let _ = to.shutdown(Shutdown::Both);
     });
+}
+
+#[expect(clippy::disallowed_methods, reason = "a link takes its time")]
+fn wait_until(moment: Instant) {
+    std::thread::sleep(moment.saturating_duration_since(Instant::now()));
 }
