@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::common::raw::{
     channel, pattern, read_request, read_to_close, reset, send, settles, take,
 };
-use crate::common::{Agent, Server, connect, eventually, read_answer, read_head, service};
+use crate::common::{Agent, Server, connect, eventually, pause, read_answer, read_head, service};
 
 /// How soon a leave has to be seen.
 const SOON: Duration = Duration::from_secs(1);
@@ -292,6 +292,54 @@ fn an_early_answer_reaches_a_visitor_who_reads_late() {
         let answer = read_answer(&mut visitor, false);
         assert_eq!((answer.status, answer.text().as_str()), (413, "too big"));
     }
+    settles(&server);
+}
+
+/// Nor one whose link takes longer for the upload than anybody waits for a visitor who is silent.
+#[test]
+fn an_early_answer_reaches_a_visitor_who_uploads_slowly() {
+    let (server, agent) = start(|mut stream| {
+        let _ = read_head(&mut stream);
+        let _ =
+            stream.write_all(b"HTTP/1.1 413 Payload Too Large\r\nContent-Length: 7\r\n\r\ntoo big");
+        let _ = std::io::copy(&mut stream, &mut std::io::sink());
+    });
+    let began = Instant::now();
+    let head = "POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let mut visitor = send(agent.address(), head);
+    let chunk = crate::common::raw::chunked(&pattern(20_000));
+    let (chunk, end) = chunk.split_at(chunk.len() - 5);
+    while began.elapsed() < Duration::from_secs(4) {
+        visitor.write_all(chunk).unwrap();
+        pause();
+    }
+    visitor.write_all(end).unwrap();
+    let answer = read_answer(&mut visitor, false);
+    assert_eq!((answer.status, answer.text().as_str()), (413, "too big"));
+    assert_eq!(read_to_close(&mut visitor), (Vec::new(), false));
+    settles(&server);
+}
+
+/// Whoever never comes to an end isn't waited for for ever.
+#[test]
+#[ignore = "waits for half a minute"]
+fn a_visitor_who_uploads_for_ever_is_cut() {
+    let (server, agent) = start(|mut stream| {
+        let _ = read_head(&mut stream);
+        let _ = stream.write_all(b"HTTP/1.1 413 Payload Too Large\r\nContent-Length: 0\r\n\r\n");
+        let _ = std::io::copy(&mut stream, &mut std::io::sink());
+    });
+    let began = Instant::now();
+    let head = "POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let mut visitor = send(agent.address(), head);
+    // Soon it is more than is drained so that the connection can be used again.
+    let chunk = format!("400\r\n{}\r\n", "x".repeat(1024));
+    while visitor.write_all(chunk.as_bytes()).is_ok() {
+        pause();
+    }
+    let took = began.elapsed();
+    assert!(took > Duration::from_secs(20), "only {took:?}");
+    assert!(took < Duration::from_secs(40), "as long as {took:?}");
     settles(&server);
 }
 

@@ -61,6 +61,10 @@ const DRAIN_LIMIT: usize = 64 * 1024;
 /// How long a visitor may go on sending what nobody wants, so that he finds the answer.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
 
+/// How many times as long it may be if he sends a body: many programs look for an answer when they
+/// have sent all of it, and over a slow link that takes a while. Half a minute, as in nginx.
+const LINGERS_WITH_BODY: u32 = 15;
+
 /// How much is asked for at once to begin with: more than most heads.
 const SMALL_READ: usize = 4 * 1024;
 
@@ -165,6 +169,8 @@ enum Over {
     Closed,
     /// What was said last explains why nothing is heard any more.
     Unheard,
+    /// The same before the end of a request's body, which nobody wants.
+    Unwanted,
     /// The visitor has left, or his connection broke.
     Left,
     /// The worker's sweep wants it so.
@@ -225,7 +231,10 @@ impl Visitor {
         let port = self.place.tenancy.port;
         debug!(peer = %self.peer, port, ?over, "visitor's connection ended");
         match over {
-            Over::Unheard => linger(&self.stream).await,
+            Over::Unheard => {
+                let _ = linger(&self.stream).await;
+            }
+            Over::Unwanted => self.linger_with_body().await,
             Over::BrokenOff { reset: true } => {
                 // If that fails the connection is broken already, which tells as much.
                 let _ = self.stream.set_zero_linger();
@@ -235,6 +244,16 @@ impl Visitor {
             | Over::Cut
             | Over::BrokenOff { reset: false }
             | Over::Http2 => {}
+        }
+    }
+
+    /// Lingers as long as a body is coming, unless the connection has to end.
+    async fn linger_with_body(&self) {
+        for _ in 0..LINGERS_WITH_BODY {
+            let is_sending = linger(&self.stream).await;
+            if !is_sending || self.place.watched.ordered() != Order::None {
+                return;
+            }
         }
     }
 
@@ -385,8 +404,9 @@ impl Visitor {
 
 /// Lets a visitor who is still sending read the answer that made us stop listening: to close a
 /// socket with bytes unread would reset the connection, and a reset takes the answer away from him
-/// (RFC 9112, section 9.6).
-pub(super) async fn linger(stream: &TcpStream) {
+/// (RFC 9112, section 9.6). Says whether he is still sending when the time is over.
+pub(super) async fn linger(stream: &TcpStream) -> bool {
+    let mut has_sent = false;
     let finish = async {
         SockRef::from(stream).shutdown(Shutdown::Write)?;
         // Not in the task itself, which every connection has.
@@ -395,13 +415,15 @@ pub(super) async fn linger(stream: &TcpStream) {
             stream.readable().await?;
             match stream.try_read(&mut nowhere) {
                 Ok(0) => return io::Result::Ok(()),
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
-                _ => {}
+                Ok(_) => has_sent = true,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
             }
         }
     };
-    // However it ends, there is nothing left to do.
-    let _ = tokio::time::timeout(LINGER, finish).await;
+    // However it ends before that, there is nothing left to do.
+    let is_late = tokio::time::timeout(LINGER, finish).await.is_err();
+    is_late && has_sent
 }
 
 /// A request that is being served: its body on the way to the exchange, and the answer on the way
@@ -895,7 +917,8 @@ impl Serving {
                 }
                 None
             }
-            _ => Some(Err(Over::Unheard)),
+            _ if self.body.is_done() => Some(Err(Over::Unheard)),
+            _ => Some(Err(Over::Unwanted)),
         }
     }
 

@@ -131,7 +131,7 @@ pub(super) async fn serve(stream: TcpStream, received: BytesMut, caller: Caller)
         caller.place.failed(Failure::BadRequest);
     }
     if let Over::Broken | Over::Flood | Over::Cut = over {
-        linger(&stream).await;
+        let _ = linger(&stream).await;
     }
 }
 
