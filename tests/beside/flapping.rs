@@ -12,12 +12,12 @@ use silo_proxy::config::AgentConfig;
 use silo_proxy::net::raise_descriptor_limit;
 use tokio::task::JoinSet;
 
-use crate::alone;
 use crate::common::bystander::{Bystander, SignedVisitor, signing_service};
 use crate::common::raw::settles;
 use crate::common::{
     PATIENCE, Process, Server, eventually, get, pause, port_range, text_service, try_read_answer,
 };
+use crate::{Over, alone};
 
 #[test]
 fn twenty_flapping_agents_cost_those_that_stay_no_request() {
@@ -87,15 +87,6 @@ fn flap(count: u16, time: Duration) {
     settles(&server);
     assert_eq!(server.metric("silo_panics_total", ""), 0.0);
     bystander.noticed_nothing();
-}
-
-/// Ends the visits, also if the test fails.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// The agents of GET /agents with such an id: port and generation of each.

@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use crate::alone;
 use crate::common::bystander::{Bystander, SignedVisitor, p99, sign};
 use crate::common::raw::{Received, pattern, read_request_body, settles};
 use crate::common::{
     Server, connect, get, pause, port_range, read_answer, read_head, request, service,
 };
+use crate::{Over, alone};
 
 /// What the link carries a second, each way.
 const RATE: u32 = 2_000_000;
@@ -96,15 +96,6 @@ fn small_requests_pass_bulk_on_a_slow_link() {
     assert_eq!(agent.process.count(&["disconnected"]), 0);
     settles(&server);
     bystander.noticed_nothing();
-}
-
-/// Ends the visits, also if the test fails.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// The row of the agent behind the link.

@@ -22,9 +22,11 @@ mod closes;
 mod events;
 mod expect;
 mod flapping;
+mod heads;
 mod link;
 mod stalled;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Held by each test: what they measure would only measure the others.
@@ -32,4 +34,13 @@ fn alone() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     // One that failed is no reason for the others to.
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends what goes on beside a test's thread, also if the test fails.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
