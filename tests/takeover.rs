@@ -20,6 +20,9 @@ use common::{
     HeldService, PATIENCE, Server, connect, eventually, get, pause, port_range, read_answer,
     text_service, try_read_answer,
 };
+use silo_proxy::link::Tunnel;
+use silo_proxy::wire::{AgentMessage, Hello, VERSION};
+use tokio::io::AsyncReadExt;
 
 const GET: &[u8] = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n";
 
@@ -81,6 +84,52 @@ fn of_a_storm_of_sessions_the_last_stays_and_the_port_is_never_closed() {
         "nobody has come twice"
     );
     assert_eq!(server.metric("silo_tunnels_open", ""), 1.0);
+}
+
+/// What an agent says first, up to its hello.
+fn first_words(hello: Hello) -> Vec<u8> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 16);
+        let mut tunnel = Tunnel::client(ours, false, "server.test:9090");
+        let first = AgentMessage {
+            hello: Some(hello),
+            ..AgentMessage::default()
+        };
+        tunnel.send(&first).await.unwrap();
+        drop(tunnel);
+        let mut said = Vec::new();
+        theirs.read_to_end(&mut said).await.unwrap();
+        said
+    })
+}
+
+#[test]
+fn one_that_died_with_its_hello_on_the_way_takes_no_id() {
+    let server = Server::with(port_range(4), &[]);
+    let agent = server.agent("agent-1", text_service("alive"));
+    let hello = Hello {
+        version: VERSION,
+        agent_id: "agent-1".into(),
+        instance: vec![7; 16].into(),
+        ..Hello::default()
+    };
+    let words = first_words(hello);
+    // Its hello and its end arrive together, as from a process that was killed; what its host says
+    // to an answer is still on its way.
+    server.process.signal("STOP");
+    let mut dead = connect(server.tunnel);
+    dead.write_all(&words).unwrap();
+    dead.shutdown(std::net::Shutdown::Write).unwrap();
+    server.process.signal("CONT");
+    eventually(PATIENCE, "it has come and gone", || {
+        server.metric("silo_handshakes_failed_total", "closed") == 1.0
+    });
+    assert_eq!(get(agent.address(), "/").text(), "alive");
+    assert_eq!(server.process.count(&["agent registered"]), 1);
+    assert_eq!(agent.process.count(&["rejected"]), 0);
 }
 
 /// A loser waits 30 s, so this takes more than two of its attempts.

@@ -121,6 +121,21 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Tunnel<T> {
         }
     }
 
+    /// Whether the peer has closed the connection already, as far as that can be seen now. What it
+    /// sent before stays to be read.
+    pub async fn is_closed(&mut self) -> bool {
+        poll_fn(|cx| {
+            loop {
+                match self.poll_fill(cx) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(_)) => return Poll::Ready(true),
+                    Poll::Pending => return Poll::Ready(false),
+                }
+            }
+        })
+        .await
+    }
+
     /// Sends a message: a first one, or a last one, for what comes meanwhile is dropped.
     ///
     /// # Errors

@@ -381,7 +381,11 @@ impl Worker {
             host,
             first: tunnel.message().await?,
         };
-        Ok((tunnel, caller))
+        // Whoever has left with its hello must not take the id of one that lives.
+        match tunnel.is_closed().await {
+            true => Err(HandshakeFailure::Closed),
+            false => Ok((tunnel, caller)),
+        }
     }
 
     /// Brings a connection to where HTTP/2 begins: through the TLS handshake if the port has TLS.
@@ -443,6 +447,9 @@ impl From<tunnel::Error> for HandshakeFailure {
     fn from(error: tunnel::Error) -> Self {
         match error {
             tunnel::Error::Closed => Self::Closed,
+            tunnel::Error::Io(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                Self::Closed
+            }
             _ => Self::Protocol,
         }
     }
