@@ -79,8 +79,10 @@ fn visited(service: SocketAddr, visitors: &[Speaker], bytes: usize) -> Vec<Strin
     }
     settles(&server);
     let metrics = get(server.admin, "/metrics").text();
+    // A visitor who has said goodbye may close before the service has.
     let failures: Vec<&str> = (metrics.lines())
         .filter(|line| line.starts_with("silo_failures_total") && !line.ends_with(" 0"))
+        .filter(|line| !line.contains("visitor_left"))
         .collect();
     assert!(
         failures.is_empty(),
