@@ -19,6 +19,7 @@ mod tests;
 
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -28,12 +29,17 @@ use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 use http::uri::{Authority, InvalidUri};
 use thiserror::Error;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
-use crate::config::{AgentConfig, Changes};
+use crate::config::{AgentConfig, Changes, HostPort};
+use crate::head::RequestHead;
 use crate::id::{AgentId, Generation};
+use crate::link::Exchange;
+use crate::net;
 use crate::net::tls::{AgentTls, Failed, Refused, TlsFault};
 use crate::wire::RejectionReason;
 
@@ -197,14 +203,24 @@ impl Agent {
     ///
     /// Dropping the future ends the session and every exchange at once.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) {
+        let host = Host(self.live.clone());
+        self.run_on(&host, shutdown).await;
+    }
+
+    /// The same with other surroundings.
+    pub(crate) async fn run_on(
+        self,
+        outside: &impl Outside,
+        shutdown: impl Future<Output = ()> + Send,
+    ) {
         let mut shutdown = pin!(shutdown);
-        let mut reconnect = Reconnect::new();
+        let mut reconnect = Reconnect::new(|| outside.random());
         let mut last_port = 0;
         loop {
             let mut lived = Duration::ZERO;
             // A token of before is used now.
             let _ = self.live.redial.notified().now_or_never();
-            let dial = pin!(session::dial(&self, last_port));
+            let dial = pin!(session::dial(&self, outside, last_port));
             let ended = match select(dial, shutdown.as_mut()).await {
                 Either::Right(((), _)) => return,
                 Either::Left((Err(lost), _)) => lost,
@@ -219,8 +235,7 @@ impl Agent {
                         generation: welcome.generation,
                     });
                     let grace = || self.live.shared.load().config.agent.grace;
-                    let forwarder = &self.live.forwarder;
-                    let outcome = session.run(forwarder, shutdown.as_mut(), grace).await;
+                    let outcome = session.run(outside, shutdown.as_mut(), grace).await;
                     lived = since.elapsed();
                     // Whoever was welcomed doesn't wait for its token.
                     let _ = self.live.redial.notified().now_or_never();
@@ -233,9 +248,10 @@ impl Agent {
             let retry_in = reconnect.after(&ended, lived);
             self.report_end(ended, retry_in);
             tokio::select! {
-                () = tokio::time::sleep(retry_in) => {}
-                () = self.live.redial.notified() => {}
+                biased;
                 () = shutdown.as_mut() => return,
+                () = self.live.redial.notified() => {}
+                () = tokio::time::sleep(retry_in) => {}
             }
         }
     }
@@ -277,6 +293,46 @@ impl Agent {
         if let Some(observer) = &self.observer {
             observer(event);
         }
+    }
+}
+
+/// What is around an agent: the way to the server, the service, and chance.
+pub(crate) trait Outside: Send + Sync {
+    /// A connection to the server.
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// Connects to the server's tunnel port; whoever calls sets a limit of time.
+    fn connect(&self, server: &HostPort) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+
+    /// Has a visitor's request answered. Needs a tokio runtime.
+    fn forward(&self, exchange: Exchange, head: RequestHead);
+
+    /// A number at random, uniform over all of `u64`.
+    fn random(&self) -> u64;
+}
+
+/// The host that the agent runs on.
+struct Host(Arc<Live>);
+
+impl Outside for Host {
+    type Stream = TcpStream;
+
+    async fn connect(&self, server: &HostPort) -> io::Result<TcpStream> {
+        let stream = net::dial::connect(&server.host, server.port).await?;
+        // Batches are whole messages, so nothing is gained by waiting for more; and no heartbeat can
+        // overtake what was handed to the kernel ahead of time.
+        stream.set_nodelay(true)?;
+        net::bound_unsent(&stream)?;
+        Ok(stream)
+    }
+
+    fn forward(&self, exchange: Exchange, head: RequestHead) {
+        self.0.forwarder.submit(exchange, head);
+    }
+
+    fn random(&self) -> u64 {
+        // Without random numbers the whole wait is still a wait, only not a spread one.
+        getrandom::u64().unwrap_or(u64::MAX)
     }
 }
 

@@ -17,17 +17,17 @@ const SUCCESS: Duration = Duration::from_secs(10);
 const SLOW: Duration = Duration::from_secs(30);
 
 /// Decides how long to wait before the next session.
-pub(super) struct Reconnect {
+pub(super) struct Reconnect<R> {
     backoff: Backoff,
-    random: fn() -> u64,
+    /// Uniform over all of `u64`.
+    random: R,
 }
 
-impl Reconnect {
-    pub(super) fn new() -> Self {
+impl<R: Fn() -> u64> Reconnect<R> {
+    pub(super) fn new(random: R) -> Self {
         Self {
             backoff: Backoff::default(),
-            // Without random numbers the whole wait is still a wait, only not a spread one.
-            random: || getrandom::u64().unwrap_or(u64::MAX),
+            random,
         }
     }
 
@@ -73,11 +73,8 @@ mod tests {
     use super::*;
     use crate::net::tls::Refused;
 
-    fn reconnect() -> Reconnect {
-        Reconnect {
-            random: || u64::MAX,
-            ..Reconnect::new()
-        }
+    fn reconnect() -> Reconnect<impl Fn() -> u64> {
+        Reconnect::new(|| u64::MAX)
     }
 
     fn rejected(reason: RejectionReason, retry_after: Option<u64>) -> Lost {
@@ -124,10 +121,7 @@ mod tests {
     #[test]
     fn a_rejection_is_obeyed() {
         let mut most = reconnect();
-        let mut least = Reconnect {
-            random: || 0,
-            ..Reconnect::new()
-        };
+        let mut least = Reconnect::new(|| 0);
         for (reason, asked, range) in [
             (RejectionReason::PortExhausted, Some(1_000), 1_000..=1_250),
             (RejectionReason::Auth, Some(2_000), 2_000..=2_500),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::future::{Either, poll_fn, select};
 use thiserror::Error;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
@@ -16,12 +16,10 @@ use crate::id::Generation;
 use crate::link::tunnel::{self, Tunnel};
 use crate::link::{Ended, Link, Observer};
 use crate::mux::{self, Budget, Pool};
-use crate::net;
 use crate::net::tls::{Failed, Sniffed, Stream, TLS_ALERT};
 use crate::wire::{self, AgentMessage, Hello, Rejection, RejectionReason, ServerMessage};
 
-use super::forward::Forwarder;
-use super::{Agent, Shared};
+use super::{Agent, Outside, Shared};
 
 /// For the TCP connection. A server that is there answers within a second even from far away;
 /// one that isn't should be given up before the kernel does (about two minutes).
@@ -102,10 +100,10 @@ pub(super) enum Outcome {
 }
 
 /// A session that the server has welcomed.
-pub(super) struct Session {
+pub(super) struct Session<S> {
     pub(super) welcome: Welcome,
     link: Link,
-    tunnel: Tunnel<Stream<Sniffed<TcpStream>>>,
+    tunnel: Tunnel<Stream<Sniffed<S>>>,
 }
 
 /// What the server says of the session.
@@ -118,21 +116,18 @@ pub(super) struct Welcome {
 }
 
 /// Connects to the server and says hello.
-pub(super) async fn dial(agent: &Agent, last_port: u16) -> Result<Session, Lost> {
+pub(super) async fn dial<O: Outside>(
+    agent: &Agent,
+    outside: &O,
+    last_port: u16,
+) -> Result<Session<O::Stream>, Lost> {
     // The same settings from the first byte to the welcome.
     let shared = agent.live.shared.load_full();
-    let address = &shared.config.grpc.server_address;
-    let connect = net::dial::connect(&address.host, address.port);
+    let connect = outside.connect(&shared.config.grpc.server_address);
     let stream = match timeout(CONNECT_TIMEOUT, connect).await {
         Ok(connected) => connected.map_err(Lost::Connect)?,
         Err(_) => return Err(Lost::Connect(io::ErrorKind::TimedOut.into())),
     };
-    // Batches are whole messages, so nothing is gained by waiting for more; and no heartbeat can
-    // overtake what was handed to the kernel ahead of time.
-    let prepared = stream
-        .set_nodelay(true)
-        .and_then(|()| net::bound_unsent(&stream));
-    prepared.map_err(Lost::Connect)?;
     let patience = WELCOME_TIMEOUT.min(shared.config.grpc.heartbeat_timeout);
     let stream = Sniffed::new(stream);
     let first_byte = stream.first_byte();
@@ -156,12 +151,12 @@ pub(super) async fn dial(agent: &Agent, last_port: u16) -> Result<Session, Lost>
         })
 }
 
-async fn greet(
+async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
     agent: &Agent,
     shared: &Shared,
-    stream: Stream<Sniffed<TcpStream>>,
+    stream: Stream<Sniffed<S>>,
     last_port: u16,
-) -> Result<Session, Lost> {
+) -> Result<Session<S>, Lost> {
     let secure = shared.tls.is_some();
     let mut tunnel = Tunnel::client(stream, secure, shared.authority.as_str());
     let hello = AgentMessage {
@@ -236,12 +231,12 @@ impl Welcome {
     }
 }
 
-impl Session {
+impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     /// Carries exchanges until the session ends, the server asks to end it, or `shutdown` is
     /// over. In the last two cases the exchanges under way may go on for `grace`.
     pub(super) async fn run(
         self,
-        forwarder: &Forwarder,
+        outside: &impl Outside,
         shutdown: Pin<&mut (impl Future<Output = ()> + Send)>,
         grace: impl Fn() -> Duration,
     ) -> Outcome {
@@ -256,7 +251,7 @@ impl Session {
             // Exchanges come only while the line above runs: nobody has to wake this task for them.
             let mut unwoken = Context::from_waker(Waker::noop());
             while let Poll::Ready(Some((exchange, head))) = link.poll_accept(&mut unwoken) {
-                forwarder.submit(exchange, head);
+                outside.forward(exchange, head);
             }
             ended
         }));

@@ -115,7 +115,7 @@ struct State {
     /// What was to be remembered when the drain began, which released every port.
     last_memory: Option<Vec<Remembered>>,
     /// The newest session of each agent that holds a port, connected or not.
-    members: HashMap<AgentId, Member>,
+    members: BTreeMap<AgentId, Member>,
     /// Sessions whose port is being bound. One at most for each tenancy.
     waiting: HashMap<Allocation, Waiting>,
     /// For the accept task. It holds what the allocator emitted since that looked last: two for
@@ -180,7 +180,7 @@ impl Registry {
                 allocator,
                 told_revision: 0,
                 last_memory: None,
-                members: HashMap::new(),
+                members: BTreeMap::new(),
                 waiting: HashMap::new(),
                 commands: VecDeque::new(),
                 replaced: Vec::new(),
@@ -357,6 +357,7 @@ impl Registry {
                 }
             };
             tokio::select! {
+                biased;
                 () = self.changed.notified() => {}
                 () = due => {
                     let mut state = self.lock();

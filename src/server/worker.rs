@@ -219,16 +219,8 @@ impl Worker {
         let mut admitted = 0;
         loop {
             tokio::select! {
-                job = jobs.recv() => match job {
-                    Some(job) => {
-                        admitted += self.take(job);
-                        if admitted >= AT_ONCE {
-                            admitted = 0;
-                            tokio::task::yield_now().await;
-                        }
-                    }
-                    None => return,
-                },
+                // The clock goes on however many connections come.
+                biased;
                 _ = ticks.tick() => {
                     self.clock.fetch_add(1, Ordering::Relaxed);
                     self.sweep_connections();
@@ -243,6 +235,16 @@ impl Worker {
                     sweep_at = None;
                     self.sweep_connections();
                 }
+                job = jobs.recv() => match job {
+                    Some(job) => {
+                        admitted += self.take(job);
+                        if admitted >= AT_ONCE {
+                            admitted = 0;
+                            tokio::task::yield_now().await;
+                        }
+                    }
+                    None => return,
+                },
             }
         }
     }
@@ -305,24 +307,23 @@ impl Worker {
 
     fn admit_agent(self: &Arc<Self>, accepted: Accepted) {
         let counted = Counted(self.clone());
-        let slot = Handshake::begin(&self.shared);
         match TcpStream::from_std(accepted.stream) {
-            Ok(stream) => {
-                tokio::spawn(async move {
-                    let worker = counted.0.clone();
-                    worker.serve_agent(stream, accepted.peer, slot).await;
-                    drop(counted);
-                });
-            }
+            Ok(stream) => counted.serve(stream, accepted.peer),
             Err(error) => debug!(%error, "connection lost before it was served"),
         }
     }
 
-    async fn serve_agent(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, slot: Handshake) {
+    async fn serve_agent(
+        self: Arc<Self>,
+        stream: impl TunnelSocket,
+        peer: SocketAddr,
+        slot: Handshake,
+    ) {
         let mut deadline = pin!(tokio::time::sleep(
             self.shared.config().grpc.handshake_timeout
         ));
         let greeted = tokio::select! {
+            biased;
             // Most of it is needed only until the agent is known: it isn't to be kept beyond that.
             greeted = Box::pin(self.greet(stream, peer)) => greeted,
             () = &mut deadline => Err(HandshakeFailure::Timeout),
@@ -357,11 +358,11 @@ impl Worker {
     }
 
     /// Takes a connection as far as the agent's first message.
-    async fn greet(
+    async fn greet<S: TunnelSocket>(
         &self,
-        stream: TcpStream,
+        stream: S,
         peer: SocketAddr,
-    ) -> Result<(Tunnel<Stream<Guarded>>, Caller), HandshakeFailure> {
+    ) -> Result<(Tunnel<Stream<Guarded<S>>>, Caller), HandshakeFailure> {
         let (stream, certificate) = self.open(stream, peer).await?;
         let mut tunnel = Tunnel::server(stream);
         let host = match tunnel.next().await {
@@ -390,11 +391,11 @@ impl Worker {
 
     /// Brings a connection to where HTTP/2 begins: through the TLS handshake if the port has TLS.
     /// A peer that speaks it and shouldn't, or the reverse, gets a few bytes by which it can tell.
-    async fn open(
+    async fn open<S: TunnelSocket>(
         &self,
-        stream: TcpStream,
+        mut stream: S,
         peer: SocketAddr,
-    ) -> Result<(Stream<Guarded>, PeerCertificate), HandshakeFailure> {
+    ) -> Result<(Stream<Guarded<S>>, PeerCertificate), HandshakeFailure> {
         let mut first = [0];
         match stream.peek(&mut first).await {
             Ok(1..) => {}
@@ -502,6 +503,18 @@ fn log_failed_tls(peer: SocketAddr, why: impl std::fmt::Display) {
 /// Counts a tunnel connection on its worker. The accept task has counted it in.
 struct Counted(Arc<Worker>);
 
+impl Counted {
+    /// Serves the connection on a task of its own.
+    fn serve(self, stream: impl TunnelSocket, peer: SocketAddr) {
+        let worker = self.0.clone();
+        let slot = Handshake::begin(&worker.shared);
+        tokio::spawn(async move {
+            worker.serve_agent(stream, peer, slot).await;
+            drop(self);
+        });
+    }
+}
+
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.shared.loads[self.0.index].remove(1);
@@ -573,7 +586,7 @@ const NO_HTTP2: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
 
 /// Sends a last word, and reads what comes until the peer closes: whatever lies unread when a
 /// socket is closed resets the connection, and the word may be lost.
-async fn say_goodbye(mut stream: TcpStream, word: &[u8]) {
+async fn say_goodbye(mut stream: impl TunnelSocket, word: &[u8]) {
     let goodbye = async {
         stream.write_all(word).await?;
         stream.shutdown().await?;
@@ -584,16 +597,28 @@ async fn say_goodbye(mut stream: TcpStream, word: &[u8]) {
     let _ = tokio::time::timeout(GOODBYE, goodbye).await;
 }
 
+/// What a connection on the tunnel port has to be: a TCP connection, or what behaves like one.
+pub(super) trait TunnelSocket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// Waits for something to come and copies what fits, without taking it; 0 at the end.
+    fn peek(&mut self, buffer: &mut [u8]) -> impl Future<Output = io::Result<usize>> + Send;
+}
+
+impl TunnelSocket for TcpStream {
+    fn peek(&mut self, buffer: &mut [u8]) -> impl Future<Output = io::Result<usize>> + Send {
+        TcpStream::peek(self, buffer)
+    }
+}
+
 /// A tunnel's socket, from which no more than a TLS handshake and a hello is taken before the
 /// agent is welcomed.
-struct Guarded {
-    stream: TcpStream,
+struct Guarded<S> {
+    stream: S,
     /// What may still come; nothing limits it once the agent is welcomed.
     left: Option<usize>,
 }
 
-impl Guarded {
-    fn new(stream: TcpStream) -> Self {
+impl<S> Guarded<S> {
+    fn new(stream: S) -> Self {
         Self {
             stream,
             left: Some(HELLO_BYTES),
@@ -618,7 +643,7 @@ impl Guarded {
     }
 }
 
-impl AsyncRead for Guarded {
+impl<S: TunnelSocket> AsyncRead for Guarded<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -635,7 +660,7 @@ impl AsyncRead for Guarded {
     }
 }
 
-impl AsyncWrite for Guarded {
+impl<S: TunnelSocket> AsyncWrite for Guarded<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
