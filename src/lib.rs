@@ -120,5 +120,7 @@ pub mod mux;
 pub mod net;
 pub mod ports;
 pub mod server;
+#[cfg(test)]
+mod simulation;
 pub mod telemetry;
 pub mod wire;

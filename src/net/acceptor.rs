@@ -145,6 +145,20 @@ impl AcceptorHandle {
         self.shared.wake.notify_one();
     }
 
+    /// Wakes nobody but whoever waits for [`woken`](Self::woken).
+    #[cfg(test)]
+    pub(crate) fn without_acceptor() -> Self {
+        Self {
+            shared: Arc::default(),
+        }
+    }
+
+    /// Waits until the sink has commands.
+    #[cfg(test)]
+    pub(crate) async fn woken(&self) {
+        self.shared.wake.notified().await;
+    }
+
     /// The counters.
     pub fn stats(&self) -> &AcceptorStats {
         &self.shared.stats

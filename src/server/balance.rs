@@ -32,6 +32,12 @@ impl Load {
         self.tunnels.fetch_sub(tunnels, Relaxed);
     }
 
+    /// How many tunnel connections it has.
+    #[cfg(test)]
+    pub(super) fn tunnels(&self) -> usize {
+        self.tunnels.load(Relaxed)
+    }
+
     /// The thread's share of a core, as a [`Meter`] tells it.
     pub(super) fn set_busy(&self, share: u32) {
         self.busy.store(share, Relaxed);

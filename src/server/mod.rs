@@ -18,6 +18,8 @@ mod registry;
 mod respond;
 mod rivals;
 mod session;
+#[cfg(test)]
+pub(crate) mod simulated;
 mod state_file;
 mod tenancy;
 mod worker;

@@ -302,7 +302,7 @@ pub(super) fn keep(
 
 /// Why a file isn't a state file.
 #[derive(Debug, PartialEq, Eq, Error)]
-enum Fault {
+pub(super) enum Fault {
     #[error("it is longer than any state file")]
     TooLong,
     #[error("it is no state file of this program ({0})")]
@@ -355,7 +355,8 @@ enum EntryState {
     Released,
 }
 
-fn parse(text: &str, now: Moment) -> Result<Memory, Fault> {
+/// Reads the text of a file.
+pub(super) fn parse(text: &str, now: Moment) -> Result<Memory, Fault> {
     fn damaged(error: impl ToString) -> Fault {
         Fault::Damaged(error.to_string())
     }
@@ -392,7 +393,8 @@ fn parse(text: &str, now: Moment) -> Result<Memory, Fault> {
     })
 }
 
-fn format(ports: &[Remembered], now: Moment) -> String {
+/// The text of a file.
+pub(super) fn format(ports: &[Remembered], now: Moment) -> String {
     let written = rfc3339(now.calendar);
     let mut text = format!(
         "{{\"name\": \"{NAME}\", \"version\": {VERSION}, \"written\": \"{written}\", \"ports\": ["

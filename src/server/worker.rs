@@ -286,6 +286,18 @@ impl Worker {
         }
     }
 
+    /// Serves a tunnel connection that nobody has accepted from a real port.
+    #[cfg(test)]
+    pub(super) fn admit_stream(self: &Arc<Self>, stream: impl TunnelSocket, peer: SocketAddr) {
+        Counted(self.clone()).serve(stream, peer);
+    }
+
+    /// How many visitors' connections the sweep looks at.
+    #[cfg(test)]
+    pub(super) fn watching(&self) -> usize {
+        self.watched().len()
+    }
+
     /// Puts a connection among those the sweep looks at.
     pub(super) fn watch(&self, watched: Arc<Watched>) -> usize {
         self.watched().insert(watched)

@@ -11,6 +11,8 @@ mod http2;
 mod place;
 mod record;
 mod reply;
+#[cfg(test)]
+pub(crate) mod simulated;
 
 pub(super) use connection::admit;
 #[cfg(any(test, fuzzing))]
