@@ -23,6 +23,10 @@ const BOUND: Duration = Duration::from_secs(70);
 /// one of them pinned: the agent waits for it, and it is tried again after 30 s.
 const RIVALS_BOUND: Duration = Duration::from_secs(120);
 
+/// How many kinds of faults there are, and how many of them concern one agent only.
+const ALL: usize = 18;
+const AGENTS: usize = 11;
+
 /// What is done to end a fault.
 #[derive(Debug, Clone, Copy)]
 enum Mend {
@@ -52,10 +56,12 @@ struct Plan {
     next_mend: u64,
     hosts: u8,
     bound: Duration,
+    /// Only agents but the first have faults: their hosts, their links and their processes.
+    spares_first: bool,
 }
 
 impl Plan {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, spares_first: bool) -> Self {
         let random = Random::new(seed);
         let ids = ids(2 + random.below(5));
         let mut config = settings(ids.len() as u16 + 2);
@@ -73,6 +79,7 @@ impl Plan {
             hosts: ids.len() as u8,
             ids,
             bound: BOUND,
+            spares_first,
         };
         plan.stage.start_server();
         for index in 0..plan.ids.len() {
@@ -192,10 +199,16 @@ impl Plan {
 
     /// Makes one fault.
     async fn fault(&mut self) {
-        let index = self.random.below(self.ids.len());
+        let (index, kind) = match self.spares_first {
+            false => (self.random.below(self.ids.len()), self.random.below(ALL)),
+            true => (
+                1 + self.random.below(self.ids.len() - 1),
+                self.random.below(AGENTS),
+            ),
+        };
         let (host, process) = (Self::host(index), self.processes[index]);
         let ledger = self.stage.ledger.clone();
-        match self.random.below(18) {
+        match kind {
             0 | 1 => {
                 ledger.note(format!("{host:?} is cut off"));
                 let time = self.while_(45_000);
@@ -234,28 +247,6 @@ impl Plan {
                 self.bound = RIVALS_BOUND;
             }
             9 => {
-                self.stage.crash_server(false);
-                let time = self.while_(5_000);
-                self.later(time, Mend::StartServer);
-            }
-            10 => {
-                self.stage.crash_server(true);
-                let time = self.while_(40_000);
-                self.later(time, Mend::StartServer);
-            }
-            11 => {
-                self.stage.drain_server().await;
-                let time = self.while_(5_000);
-                self.later(time, Mend::StartServer);
-            }
-            12 => {
-                let delay = self.random.millis(10..3_000).as_millis() as u64;
-                ledger.note(format!("bytes take up to {delay} ms"));
-                self.stage.net.set_delay(0..delay);
-                let time = self.while_(30_000);
-                self.later(time, Mend::Speed);
-            }
-            13 => {
                 let cut = Cut {
                     sender: *self.random.pick(&[Side::Client, Side::Server]),
                     after: self.random.below(3_000),
@@ -269,19 +260,41 @@ impl Plan {
                 self.stage.kill_agent(process);
                 self.start(index);
             }
+            10 => {
+                let task = self.stage.stop_agent(process);
+                drop(task);
+                let time = self.while_(10_000);
+                self.later(time, Mend::Start(index));
+            }
+            11 => {
+                self.stage.crash_server(false);
+                let time = self.while_(5_000);
+                self.later(time, Mend::StartServer);
+            }
+            12 => {
+                self.stage.crash_server(true);
+                let time = self.while_(40_000);
+                self.later(time, Mend::StartServer);
+            }
+            13 => {
+                self.stage.drain_server().await;
+                let time = self.while_(5_000);
+                self.later(time, Mend::StartServer);
+            }
             14 => {
+                let delay = self.random.millis(10..3_000).as_millis() as u64;
+                ledger.note(format!("bytes take up to {delay} ms"));
+                self.stage.net.set_delay(0..delay);
+                let time = self.while_(30_000);
+                self.later(time, Mend::Speed);
+            }
+            15 => {
                 let seconds =
                     *self
                         .random
                         .pick(&[0, 1, 1_600_000_000, 1_700_000_600, 250_000_000_000]);
                 let time = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
                 self.stage.set_calendar(time);
-            }
-            15 => {
-                let task = self.stage.stop_agent(process);
-                drop(task);
-                let time = self.while_(10_000);
-                self.later(time, Mend::Start(index));
             }
             16 => {
                 let time = self.while_(40_000);
@@ -300,11 +313,9 @@ impl Plan {
 }
 
 fn simulate(seed: u64) -> Ledger {
-    run(
-        "chance",
-        seed,
-        || async move { Plan::new(seed).act().await },
-    )
+    run("chance::whatever_happens", seed, || async move {
+        Plan::new(seed, false).act().await
+    })
 }
 
 fn simulate_all(seeds: Range<u64>) {
@@ -325,6 +336,19 @@ fn whatever_happens_everything_is_back_and_nothing_left() {
 #[ignore = "takes half a minute"]
 fn whatever_else_happens() {
     simulate_all(seeds(8..60));
+}
+
+/// Whatever happens to other agents, the first one's visitors get their answers.
+#[test]
+fn whatever_happens_to_others_an_agent_answers() {
+    for seed in seeds(0..5) {
+        run("chance::whatever_happens_to_others", seed, || async move {
+            let plan = Plan::new(seed, true);
+            plan.stage.settle(&plan.ids, Duration::from_secs(2)).await;
+            plan.stage.ledger.expect_answers(&plan.ids[0]);
+            plan.act().await
+        });
+    }
 }
 
 #[test]

@@ -310,7 +310,7 @@ impl Net {
         self.lock().delay = delay;
     }
 
-    /// Everything passes, fast.
+    /// Everything passes, fast, and nothing will be cut. What has fallen silent stays so.
     pub(crate) fn heal(&self) {
         let blocked: Vec<_> = self.lock().blocked.keys().copied().collect();
         for (from, to) in blocked {
@@ -318,6 +318,9 @@ impl Net {
         }
         let mut world = self.lock();
         world.cuts.clear();
+        for (_, connection) in &mut world.connections {
+            connection.cut = None;
+        }
         world.delay = 0..5;
     }
 

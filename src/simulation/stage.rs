@@ -48,6 +48,8 @@ struct Notes {
     trace: Vec<String>,
     faults: Vec<String>,
     counts: Counts,
+    /// An agent whose visitors must get their answers.
+    steady: Option<String>,
 }
 
 /// What became of visitors' requests.
@@ -79,6 +81,11 @@ impl Ledger {
         self.note(format!("WRONG: {}", text.as_ref()));
         let fault = text.as_ref().to_owned();
         self.notes.lock().unwrap().faults.push(fault);
+    }
+
+    /// From now on visitors of this agent must get their answers.
+    pub(crate) fn expect_answers(&self, agent_id: &str) {
+        self.notes.lock().unwrap().steady = Some(agent_id.to_owned());
     }
 
     fn count(&self, count: impl FnOnce(&mut Counts)) {
@@ -240,12 +247,25 @@ impl Stage {
         self.crash_server(false);
     }
 
+    /// Who has which port, and whether he is connected.
+    pub(crate) fn list(&self) -> Vec<(String, u16, bool)> {
+        let list = self.current().map(|running| running.server.list());
+        let list = list.unwrap_or_default().into_iter();
+        list.map(|listed| (listed.agent_id, listed.port, listed.is_connected))
+            .collect()
+    }
+
     pub(crate) fn has_server(&self) -> bool {
         self.current.lock().unwrap().is_some()
     }
 
     fn current(&self) -> Option<Arc<Running>> {
         self.current.lock().unwrap().clone()
+    }
+
+    /// What the calendar of the server's host shows.
+    pub(crate) fn calendar(&self) -> SystemTime {
+        self.calendar.now()
     }
 
     /// Somebody sets the calendar's clock of the server's host.
@@ -784,6 +804,14 @@ impl Visits {
                 return false;
             }
         };
+        let steady = self.ledger.notes.lock().unwrap().steady.clone();
+        if steady.is_some_and(|id| id == agent_id)
+            && !matches!(outcome, Outcome::Answer(..))
+            && !self.closing.load(Relaxed)
+        {
+            self.ledger
+                .fault(format!("request {number} to {agent_id}: {outcome:?}"));
+        }
         match outcome {
             Outcome::Answer(head, body) => {
                 self.ledger.count(|counts| counts.answered += 1);

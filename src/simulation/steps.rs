@@ -1,6 +1,6 @@
 //! A tunnel that breaks at each step of its handshake, and races for an id.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -55,7 +55,7 @@ fn quiet_stage(seed: u64) -> Stage {
 
 /// How many bytes each side has sent when the agent is connected and has answered.
 fn whole_handshake() -> [usize; 2] {
-    let (_, sent) = run("steps", 0, || async {
+    let (_, sent) = run("steps::a_handshake", 0, || async {
         let mut stage = quiet_stage(0);
         stage.start_agent("agent-1", AGENT);
         stage.settle(&ids(1), Duration::from_secs(5)).await;
@@ -115,7 +115,7 @@ fn cut_at(every: usize) {
     for (sender, sent) in [Side::Client, Side::Server].into_iter().zip(sent) {
         for after in (0..=sent).step_by(every) {
             for end in End::ALL {
-                run("steps", 0, || cut(sender, after, end));
+                run("steps::a_handshake", 0, || cut(sender, after, end));
                 cases += 1;
             }
         }
@@ -138,7 +138,7 @@ fn a_handshake_may_end_after_any_byte() {
 #[test]
 fn of_many_who_race_for_an_id_one_has_it() {
     for seed in seeds(0..8) {
-        run("steps", seed, || async {
+        run("steps::of_many", seed, || async {
             let mut stage = quiet_stage(seed);
             let ledger = stage.ledger.clone();
             let random = Random::new(seed);
@@ -164,6 +164,79 @@ fn of_many_who_race_for_an_id_one_has_it() {
             // When it dies, one of them has its turn.
             stage.kill_agent(holder[0]);
             stage.settle(&ids(1), Duration::from_secs(38)).await;
+            stage.finish().await;
+            ledger
+        });
+    }
+}
+
+/// Over a restart ports and leases are kept, whatever is done to the calendar's clock meanwhile; and
+/// no lease is longer for it than the settings say.
+#[test]
+fn a_moved_clock_neither_takes_ports_away_nor_makes_leases_longer() {
+    const LEASE: Duration = Duration::from_secs(60);
+    const HOUR: Duration = Duration::from_secs(60 * 60);
+    const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    let moves: [fn(SystemTime) -> SystemTime; 6] = [
+        |now| now,
+        |now| now + HOUR,
+        |now| now - HOUR,
+        |now| now + CENTURY,
+        |_| SystemTime::UNIX_EPOCH,
+        |_| SystemTime::UNIX_EPOCH - HOUR,
+    ];
+    for (case, move_clock) in moves.into_iter().enumerate() {
+        run("steps::a_moved_clock", case as u64, || async move {
+            let mut config = settings(8);
+            config.http.port_lease = LEASE;
+            let mut stage = Stage::new(config, Random::new(case as u64));
+            let ledger = stage.ledger.clone();
+            stage.start_server();
+            let ids = ids(4);
+            let mut processes = Vec::new();
+            for (index, id) in ids.iter().enumerate() {
+                processes.push(stage.start_agent(id, Host(1 + index as u8)));
+                stage.settle(&ids[..=index], Duration::from_secs(2)).await;
+            }
+            let ports: Vec<_> = stage.list().into_iter().map(|(_, port, _)| port).collect();
+            // The last one has a lease already when the server dies, the others are connected.
+            stage.kill_agent(processes[3]);
+            stage.pass(Duration::from_secs(20)).await;
+            for process in &processes[..3] {
+                stage.kill_agent(*process);
+            }
+            stage.crash_server(true);
+            stage.set_calendar(move_clock(stage.calendar()));
+            stage.net.reboot(SERVER);
+            stage.start_server();
+            stage.pass(Duration::from_secs(1)).await;
+            let list = stage.list();
+            let away = |index: usize| (ids[index].clone(), ports[index], false);
+            assert_eq!(list[..3], [away(0), away(1), away(2)]);
+            assert!(list.len() == 3 || list[3..] == [away(3)], "{list:?}");
+            if case == 0 {
+                assert_eq!(list.len(), 4);
+            }
+            // A newcomer is first; and those who were connected begin anew, without a memory.
+            stage.start_agent("agent-0", Host(9));
+            stage
+                .settle(&["agent-0".into()], Duration::from_secs(2))
+                .await;
+            stage.start_agent(&ids[1], Host(2));
+            stage.start_agent(&ids[0], Host(1));
+            stage.settle(&ids[..2], Duration::from_secs(2)).await;
+            let port_of = |stage: &Stage, id: &str| {
+                let list = stage.list();
+                list.iter()
+                    .find(|(listed, ..)| listed == id)
+                    .map(|(_, port, _)| *port)
+            };
+            assert_eq!(port_of(&stage, &ids[0]), Some(ports[0]));
+            assert_eq!(port_of(&stage, &ids[1]), Some(ports[1]));
+            assert!(!ports[..3].contains(&port_of(&stage, "agent-0").unwrap()));
+            stage.pass(LEASE).await;
+            assert_eq!(port_of(&stage, &ids[2]), None);
+            assert_eq!(port_of(&stage, &ids[3]), None);
             stage.finish().await;
             ledger
         });
