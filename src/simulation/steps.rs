@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use super::net::{Cut, Host, How, Side};
 use super::random::Random;
 use super::stage::{Ledger, SERVER, Stage, settings};
-use super::{ids, run, seeds};
+use super::{ids, run, seeds, wanted};
 
 const AGENT: Host = Host(1);
 
@@ -91,6 +91,9 @@ async fn cut(sender: Side, after: usize, end: End) -> Ledger {
                 stage.net.reboot(AGENT);
             } else {
                 stage.kill_agent(agent);
+                // A process starts later than what the former one has sent takes to come: whose
+                // hello is the last to come has the id.
+                stage.pass(Duration::from_millis(20)).await;
             }
             stage.start_agent("agent-1", AGENT);
         }
@@ -128,10 +131,11 @@ fn a_handshake_may_end_after_any_29th_byte() {
     cut_at(29);
 }
 
+/// With `SEEDS` any byte at all: two minutes.
 #[test]
 #[ignore = "takes half a minute"]
 fn a_handshake_may_end_after_any_byte() {
-    cut_at(1);
+    cut_at(if wanted("SEEDS").is_some() { 1 } else { 5 });
 }
 
 /// Several processes come with one id at the same moment: one has it, the others are told.
