@@ -214,10 +214,12 @@ fn chunk_size(line: &[u8]) -> Result<u64, MalformedBody> {
     if digits.is_empty() || !ends_well {
         return Err(MalformedBody);
     }
+    // As with a length: what takes more than 63 bits is a mistake or a trick.
     digits.iter().try_fold(0_u64, |size, digit| {
         let digit = char::from(*digit).to_digit(16).ok_or(MalformedBody)?;
-        let size = size.checked_mul(16).ok_or(MalformedBody)?;
-        Ok(size | u64::from(digit))
+        let size = size.checked_mul(16).ok_or(MalformedBody)? | u64::from(digit);
+        i64::try_from(size).map_err(|_| MalformedBody)?;
+        Ok(size)
     })
 }
 
@@ -352,6 +354,7 @@ mod tests {
             "5_\r\nhello\r\n0\r\n\r\n",
             "5;a\nb\r\nhello\r\n0\r\n\r\n",
             "5;a\0b\r\nhello\r\n0\r\n\r\n",
+            "8000000000000000\r\n",
             "10000000000000000\r\n",
             "ffffffffffffffffff\r\n",
             "0\r\nX\r\n\r\n",

@@ -285,10 +285,10 @@ fn has_version(head: &[u8]) -> bool {
     let first = lines.find(|line| !line.is_empty()).unwrap_or_default();
     let words: Vec<&[u8]> = first.splitn(4, |byte| *byte == b' ').collect();
     match words[..] {
-        [_, _, version] => version.strip_prefix(b"HTTP/").is_some_and(|number| {
-            let digit_or_dot = |byte: &u8| byte.is_ascii_digit() || *byte == b'.';
-            !number.is_empty() && number.iter().all(digit_or_dot)
-        }),
+        [_, _, version] => match version.strip_prefix(b"HTTP/") {
+            Some([major, b'.', minor]) => major.is_ascii_digit() && minor.is_ascii_digit(),
+            _ => false,
+        },
         _ => false,
     }
 }
@@ -409,6 +409,10 @@ mod tests {
         for (head, malformed) in [
             ("GET / HTTP/1.2\r\n\r\n", Malformed::Version),
             ("GET / HTTP/2.0\r\n\r\n", Malformed::Version),
+            ("GET / HTTP/2\r\n\r\n", Malformed::Line),
+            ("GET / HTTP/1.\r\n\r\n", Malformed::Line),
+            ("GET / HTTP/01.1\r\n\r\n", Malformed::Line),
+            ("GET / HTTP/99999999999.1\r\n\r\n", Malformed::Line),
             ("GET /a b HTTP/1.1\r\n\r\n", Malformed::Line),
             ("GET / http/1.1\r\n\r\n", Malformed::Line),
             ("GET /\r\n\r\n", Malformed::Line),
