@@ -1,633 +1,842 @@
-//! The requests. What may reach the service of each is a request for `/own`, or nothing.
-//!
-//! A request hidden in another one asks for `/hidden`: nobody may take it for one of its own.
+//! The requests, byte by byte.
 
-/// A request that no client should send.
-pub struct Case {
-    pub name: String,
-    pub bytes: Vec<u8>,
-    /// It isn't whole: whoever waits for the rest is right.
-    pub incomplete: bool,
+/// A request, or what somebody sends in its place.
+pub(crate) struct Case {
+    pub(crate) group: &'static str,
+    pub(crate) name: &'static str,
+    pub(crate) bytes: Vec<u8>,
+    /// How many requests these bytes are to a strict reader, at most.
+    pub(crate) requests: usize,
+    /// The bytes break off: the visitor sends no more.
+    pub(crate) leaves: bool,
 }
 
 impl Case {
-    fn incomplete(mut self) -> Self {
-        self.incomplete = true;
+    /// The bytes, as far as they are worth looking at.
+    pub(crate) fn shown(&self) -> String {
+        let bytes = &self.bytes[..self.bytes.len().min(400)];
+        bytes.escape_ascii().to_string()
+    }
+
+    fn requests(&mut self, count: usize) -> &mut Self {
+        self.requests = count;
+        self
+    }
+
+    fn leaves(&mut self) -> &mut Self {
+        self.leaves = true;
         self
     }
 }
 
-fn case(name: impl Into<String>, bytes: impl AsRef<[u8]>) -> Case {
-    Case {
-        name: name.into(),
-        bytes: bytes.as_ref().to_vec(),
-        incomplete: false,
+/// All of them.
+pub(crate) fn list() -> Vec<Case> {
+    let mut list = List {
+        group: "",
+        cases: Vec::new(),
+    };
+    request_lines(&mut list);
+    targets(&mut list);
+    header_lines(&mut list);
+    hosts(&mut list);
+    lengths(&mut list);
+    codings(&mut list);
+    chunks(&mut list);
+    trailers(&mut list);
+    connections(&mut list);
+    others(&mut list);
+    list.cases
+}
+
+struct List {
+    group: &'static str,
+    cases: Vec<Case>,
+}
+
+impl List {
+    fn raw(&mut self, name: &'static str, bytes: impl Into<Vec<u8>>) -> &mut Case {
+        self.cases.push(Case {
+            group: self.group,
+            name,
+            bytes: bytes.into(),
+            requests: 1,
+            leaves: false,
+        });
+        self.cases.last_mut().unwrap()
+    }
+
+    /// A request line in a request without a body.
+    fn line(&mut self, name: &'static str, line: impl AsRef<[u8]>) -> &mut Case {
+        self.raw(name, [line.as_ref(), b"\r\nHost: h\r\n\r\n"].concat())
+    }
+
+    /// Header lines, each with its end, in a request without a body.
+    fn lines(&mut self, name: &'static str, lines: impl AsRef<[u8]>) -> &mut Case {
+        let head: &[u8] = b"GET / HTTP/1.1\r\nHost: h\r\n";
+        self.raw(name, [head, lines.as_ref(), b"\r\n"].concat())
+    }
+
+    /// The lines that say how long the body is, each with its end, and the body.
+    fn body(
+        &mut self,
+        name: &'static str,
+        lines: impl AsRef<[u8]>,
+        body: impl AsRef<[u8]>,
+    ) -> &mut Case {
+        let head: &[u8] = b"POST / HTTP/1.1\r\nHost: h\r\n";
+        self.raw(
+            name,
+            [head, lines.as_ref(), b"\r\n", body.as_ref()].concat(),
+        )
+    }
+
+    /// A body in chunks, raw.
+    fn chunked(&mut self, name: &'static str, body: impl AsRef<[u8]>) -> &mut Case {
+        self.body(name, "Transfer-Encoding: chunked\r\n", body)
     }
 }
 
-/// One with this request line, which has its end with it.
-fn line(name: &str, line: &[u8]) -> Case {
-    case(format!("line: {name}"), [line, b"Host: h\r\n\r\n"].concat())
+/// What a smuggler wants the service to take for a request of its own.
+const HIDDEN: &str = "GET /hidden HTTP/1.1\r\nHost: h\r\n\r\n";
+
+fn request_lines(list: &mut List) {
+    list.group = "request line";
+    list.line("two words", "GET /");
+    list.line("one word", "GET");
+    list.line("four words", "GET / HTTP/1.1 x");
+    list.line("a space at the end", "GET / HTTP/1.1 ");
+    list.line("a tab at the end", "GET / HTTP/1.1\t");
+    list.line("a space at the beginning", " GET / HTTP/1.1");
+    list.line("two spaces before the target", "GET  / HTTP/1.1");
+    list.line("two spaces before the version", "GET /  HTTP/1.1");
+    list.line("a tab for a space", "GET\t/ HTTP/1.1");
+    list.line("a vertical tab for a space", "GET\x0b/ HTTP/1.1");
+    list.line("a form feed before the version", "GET /\x0cHTTP/1.1");
+    list.line("no target", "GET HTTP/1.1");
+    list.line("an empty target", "GET  HTTP/1.1");
+    list.line("an empty line first", "\r\nGET / HTTP/1.1");
+    list.line("a bare LF first", "\nGET / HTTP/1.1");
+    list.line("a bare CR first", "\rGET / HTTP/1.1");
+    list.line(
+        "a hundred empty lines first",
+        "\r\n".repeat(100) + "GET / HTTP/1.1",
+    );
+    list.line("a NUL first", "\0GET / HTTP/1.1");
+    list.line("a byte order mark first", "\u{feff}GET / HTTP/1.1");
+    list.raw("a bare LF at the end", "GET / HTTP/1.1\nHost: h\r\n\r\n");
+    list.raw("bare LFs everywhere", "GET / HTTP/1.1\nHost: h\n\n");
+    list.raw("a bare CR at the end", "GET / HTTP/1.1\rHost: h\r\n\r\n");
+    list.raw("two CRs at the end", "GET / HTTP/1.1\r\r\nHost: h\r\n\r\n");
+    list.raw("bare CRs everywhere", "GET / HTTP/1.1\rHost: h\r\r")
+        .leaves();
+    list.line("a NUL in the method", "GE\0T / HTTP/1.1");
+    list.line("a method in lower case", "get / HTTP/1.1");
+    list.line("a method nobody knows", "BREW / HTTP/1.1");
+    list.line(
+        "a method of odd but allowed bytes",
+        "M!#$%&'*+-.^_`|~9 / HTTP/1.1",
+    );
+    list.line("a method with a parenthesis", "G(T / HTTP/1.1");
+    list.line("a method with a colon", "GET: / HTTP/1.1");
+    list.line("a method with a byte above 127", b"G\xc9T / HTTP/1.1");
+    list.line(
+        "a method of 1,000 letters",
+        "G".repeat(1000) + " / HTTP/1.1",
+    );
+    list.line("a version in lower case", "GET / http/1.1");
+    list.line("HTTP/0.9 with a version", "GET / HTTP/0.9");
+    list.line("HTTP/1.2", "GET / HTTP/1.2");
+    list.line("HTTP/1.10", "GET / HTTP/1.10");
+    list.line("HTTP/1.01", "GET / HTTP/1.01");
+    list.line("HTTP/01.1", "GET / HTTP/01.1");
+    list.line("HTTP/2.0", "GET / HTTP/2.0");
+    list.line("HTTP/3", "GET / HTTP/3");
+    list.line("HTTP/1", "GET / HTTP/1");
+    list.line("HTTP/1.", "GET / HTTP/1.");
+    list.line("HTTP/1,1", "GET / HTTP/1,1");
+    list.line("HTTP/-1.1", "GET / HTTP/-1.1");
+    list.line("HTTP/99999999999.1", "GET / HTTP/99999999999.1");
+    list.line("a version without its name", "GET / 1.1");
+    list.line("another protocol", "GET / ICY/1.1");
+    list.line("a blank in the version", "GET / HTTP /1.1");
+    list.raw("HTTP/0.9", "GET /\r\n").leaves();
+    list.raw(
+        "a request line of HTTP/1.0, no more",
+        "GET / HTTP/1.0\r\n\r\n",
+    );
+    let long = "x".repeat(9 * 1024);
+    list.line("a target of 9 KiB", format!("GET /{long} HTTP/1.1"));
+    let long = "x".repeat(100 * 1024);
+    list.line("a target of 100 KiB", format!("GET /{long} HTTP/1.1"));
+    list.raw("100 KiB without a line's end", long).leaves();
 }
 
-/// One with these lines beside Host.
-fn field(name: &str, lines: &[u8]) -> Case {
-    let bytes = [b"GET /own HTTP/1.1\r\nHost: h\r\n", lines, b"\r\n"].concat();
-    case(format!("field: {name}"), bytes)
+fn targets(list: &mut List) {
+    list.group = "target";
+    list.line("no slash first", "GET x HTTP/1.1");
+    list.line("a query only", "GET ?x HTTP/1.1");
+    list.line("a backslash first", "GET \\x HTTP/1.1");
+    list.line("a space within", "GET /a b HTTP/1.1");
+    list.line("a NUL within", "GET /a\0b HTTP/1.1");
+    list.line("a tab within", "GET /a\tb HTTP/1.1");
+    list.line("a DEL within", "GET /a\x7fb HTTP/1.1");
+    list.line("a bare CR within", "GET /a\rb HTTP/1.1");
+    list.line("a bare LF within", "GET /a\nb HTTP/1.1");
+    list.line("an escape character within", "GET /a\x1bb HTTP/1.1");
+    list.line("bytes above 127", b"GET /caf\xe9 HTTP/1.1");
+    list.line("UTF-8", "GET /caf\u{e9} HTTP/1.1");
+    list.line("a fragment", "GET /a#b HTTP/1.1");
+    list.line("a fragment only", "GET #b HTTP/1.1");
+    list.line("escapes that are none", "GET /%zz%1% HTTP/1.1");
+    list.line("an escaped NUL", "GET /a%00b HTTP/1.1");
+    list.line("an escaped CR LF", "GET /a%0d%0aX:%20y HTTP/1.1");
+    list.line("out of the root", "GET /../../etc/passwd HTTP/1.1");
+    list.line("out of the root, escaped", "GET /%2e%2e%2fetc HTTP/1.1");
+    list.line("two slashes first", "GET //other/x HTTP/1.1");
+    list.line("an asterisk with GET", "GET * HTTP/1.1");
+    list.line("an asterisk and a path", "OPTIONS */x HTTP/1.1");
+    list.line("an authority with GET", "GET h:80 HTTP/1.1");
+    list.line("an absolute one that is Host's", "GET http://h/x HTTP/1.1");
+    list.line("an absolute one without a path", "GET http://h HTTP/1.1");
+    list.line(
+        "an absolute one of another host",
+        "GET http://other/x HTTP/1.1",
+    );
+    list.line("an absolute one with a user", "GET http://u:p@h/x HTTP/1.1");
+    list.line("an absolute one without a host", "GET http:///x HTTP/1.1");
+    list.line(
+        "an absolute one with a port that is none",
+        "GET http://h:x/ HTTP/1.1",
+    );
+    list.line(
+        "an absolute one of another scheme",
+        "GET ftp://h/x HTTP/1.1",
+    );
+    list.line("an absolute one with https", "GET https://h/x HTTP/1.1");
+    list.line("a scheme without slashes", "GET http:x HTTP/1.1");
+    list.line("a script for a scheme", "GET javascript:alert(1) HTTP/1.1");
+    list.line("a file", "GET file:///etc/passwd HTTP/1.1");
 }
 
-/// One with these lines instead of Host.
-fn host(name: &str, lines: &[u8]) -> Case {
-    let bytes = [b"GET /own HTTP/1.1\r\n", lines, b"\r\n"].concat();
-    case(format!("host: {name}"), bytes)
+fn header_lines(list: &mut List) {
+    list.group = "header line";
+    list.lines("no colon", "Broken\r\n");
+    list.lines("a colon only", ":\r\n");
+    list.lines("an empty name", ": x\r\n");
+    list.lines("a space before the colon", "X : y\r\n");
+    list.lines("a tab before the colon", "X\t: y\r\n");
+    list.lines("a space in the name", "X Y: z\r\n");
+    list.lines("a NUL in the name", "X\0Y: z\r\n");
+    list.lines("a control byte in the name", "X\x01Y: z\r\n");
+    list.lines("a parenthesis in the name", "X(Y): z\r\n");
+    list.lines("a slash in the name", "X/Y: z\r\n");
+    list.lines("quotes around the name", "\"X\": z\r\n");
+    list.lines("a byte above 127 in the name", b"X\xe9: z\r\n");
+    list.lines("an underscore in the name", "X_Y: z\r\n");
+    list.lines("a bare CR in the name", "X\rY: z\r\n");
+    list.lines("a bare CR before the colon", "X\r: z\r\n");
+    list.lines("a folded line", "X: y\r\n z\r\n");
+    list.lines("a folded line, by a tab", "X: y\r\n\tz\r\n");
+    list.lines("a folded line that is blank", "X: y\r\n \r\n");
+    list.lines(
+        "a fold that hides a header",
+        "X: y\r\n Transfer-Encoding: chunked\r\n",
+    );
+    let first = "GET / HTTP/1.1\r\n";
+    list.raw(
+        "a blank before the first name",
+        format!("{first} Host: h\r\n\r\n"),
+    );
+    list.raw(
+        "a line of blanks first",
+        format!("{first}  \r\nHost: h\r\n\r\n"),
+    );
+    list.lines("a NUL in the value", "X: y\0z\r\n");
+    list.lines("a NUL at the value's end", "X: y\0\r\n");
+    list.lines("a bare CR in the value", "X: y\rz\r\n");
+    list.lines(
+        "a bare CR that hides a header",
+        "X: y\rTransfer-Encoding: chunked\r\n",
+    );
+    list.lines("two CRs at the end", "X: y\r\r\n");
+    list.lines("a bare LF at the end", "X: y\n");
+    list.lines("a bare LF that hides a header", "X: y\nX-Z: 1\r\n");
+    list.lines("a bell in the value", "X: y\x07z\r\n");
+    list.lines("an escape character in the value", "X: \x1b[2J\r\n");
+    list.lines("a DEL in the value", "X: y\x7fz\r\n");
+    list.lines("a vertical tab in the value", "X: y\x0bz\r\n");
+    list.lines("a form feed in the value", "X: y\x0cz\r\n");
+    list.lines("bytes above 127 in the value", b"X: caf\xe9 \xff\x80\r\n");
+    list.lines("an empty value", "X:\r\n");
+    list.lines("a value of blanks", "X: \t \r\n");
+    list.lines("101 lines", "X: y\r\n".repeat(101));
+    list.lines("10,000 lines", "X: y\r\n".repeat(10_000));
+    list.lines(
+        "a value of 70 KiB",
+        format!("X: {}\r\n", "y".repeat(70 * 1024)),
+    );
+    list.lines(
+        "a name of 70 KiB",
+        format!("{}: y\r\n", "X".repeat(70 * 1024)),
+    );
+    let status = "HTTP/1.1 200 OK\r\n";
+    list.lines("a status line among the lines", status);
+    list.lines("a request line among the lines", "GET /hidden HTTP/1.1\r\n");
+    list.raw("a line that breaks off", format!("{first}Host: h\r\nX"))
+        .leaves();
+    list.raw("an end of LF CR", format!("{first}Host: h\r\n\n\r"))
+        .leaves();
+    list.raw("an end of CR CR LF", format!("{first}Host: h\r\n\r\r\n"))
+        .leaves();
+    list.raw("no end", format!("{first}Host: h\r\n")).leaves();
 }
 
-/// One with these lines about its content, and this content.
-fn content(name: &str, lines: &[u8], body: &[u8]) -> Case {
-    let head = b"POST /own HTTP/1.1\r\nHost: h\r\n";
-    let bytes = [head, lines, b"\r\n", body].concat();
-    case(format!("content: {name}"), bytes)
+fn hosts(list: &mut List) {
+    list.group = "Host";
+    let with = |lines: &str| format!("GET / HTTP/1.1\r\n{lines}\r\n");
+    list.raw("none", with(""));
+    list.raw("none in HTTP/1.0", "GET / HTTP/1.0\r\nX: y\r\n\r\n");
+    list.raw("empty", with("Host:\r\n"));
+    list.raw("two that are equal", with("Host: h\r\nHost: h\r\n"));
+    list.raw("two that differ", with("Host: h\r\nHost: other\r\n"));
+    list.raw(
+        "two, one in HTTP/1.0's case",
+        "GET / HTTP/1.0\r\nHost: h\r\nhOST: i\r\n\r\n",
+    );
+    list.raw(
+        "a second with a space before the colon",
+        with("Host: h\r\nHost : i\r\n"),
+    );
+    list.raw("a second by a fold", with("Host: h\r\n Host: i\r\n"));
+    list.raw("a list", with("Host: h, other\r\n"));
+    list.raw("a blank within", with("Host: h other\r\n"));
+    list.raw("a path", with("Host: h/x\r\n"));
+    list.raw("a query", with("Host: h?x\r\n"));
+    list.raw("a fragment in Host", with("Host: h#x\r\n"));
+    list.raw("a user", with("Host: u@h\r\n"));
+    list.raw("a scheme", with("Host: http://h\r\n"));
+    list.raw("a port that is none", with("Host: h:x\r\n"));
+    list.raw("a port with a sign", with("Host: h:+80\r\n"));
+    list.raw("a port beyond 65535", with("Host: h:99999\r\n"));
+    list.raw("two ports", with("Host: h:80:81\r\n"));
+    list.raw("a colon and no port", with("Host: h:\r\n"));
+    list.raw("a port only", with("Host: :80\r\n"));
+    list.raw("an IPv6 address without brackets", with("Host: ::1\r\n"));
+    list.raw("a bracket that stays open", with("Host: [::1\r\n"));
+    list.raw("a backslash in Host", with("Host: h\\x\r\n"));
+    list.raw("a quote", with("Host: h\"x\r\n"));
+    list.raw("angle brackets", with("Host: <script>\r\n"));
+    list.raw("a tab in Host", with("Host: h\tx\r\n"));
+    list.raw("a NUL in Host", with("Host: h\0\r\n"));
+    list.raw("a bare CR in Host", with("Host: h\rX: y\r\n"));
+    list.raw("UTF-8 in Host", with("Host: caf\u{e9}\r\n"));
 }
 
-/// One in chunks.
-fn chunks(name: &str, body: &[u8]) -> Case {
-    let mut case = content(name, b"Transfer-Encoding: chunked\r\n", body);
-    case.name = format!("chunks: {name}");
-    case
-}
-
-const HIDDEN: &[u8] = b"GET /hidden HTTP/1.1\r\nHost: h\r\n\r\n";
-
-/// What says that the content is as long as the hidden request, or has none.
-fn hiding(name: &str, lines: &str) -> Case {
-    let lines = lines.replace("LENGTH", &HIDDEN.len().to_string());
-    content(name, lines.as_bytes(), HIDDEN)
-}
-
-/// The whole list.
-pub fn list() -> Vec<Case> {
-    let mut all = Vec::new();
-    all.extend(request_lines());
-    all.extend(targets());
-    all.extend(fields());
-    all.extend(hosts());
-    all.extend(lengths());
-    all.extend(encodings());
-    all.extend(chunked());
-    all.extend(connections());
-    all.extend(other_protocols());
-    all
-}
-
-fn request_lines() -> Vec<Case> {
-    vec![
-        line("empty", b"\r\n\r\n"),
-        line(
-            "three empty lines before",
-            b"\r\n\r\n\r\nGET /own HTTP/1.1\r\n",
-        ),
-        line("bare LF before", b"\nGET /own HTTP/1.1\r\n"),
-        line("blank before", b" GET /own HTTP/1.1\r\n"),
-        line("tab before", b"\tGET /own HTTP/1.1\r\n"),
-        line("NUL before", b"\0GET /own HTTP/1.1\r\n"),
-        line("UTF-8 mark before", b"\xef\xbb\xbfGET /own HTTP/1.1\r\n"),
-        line("bare LF at its end", b"GET /own HTTP/1.1\n"),
-        line("bare CR at its end", b"GET /own HTTP/1.1\r"),
-        line("two CRs at its end", b"GET /own HTTP/1.1\r\r\n"),
-        line("blank at its end", b"GET /own HTTP/1.1 \r\n"),
-        line("tab at its end", b"GET /own HTTP/1.1\t\r\n"),
-        line("two blanks before the target", b"GET  /own HTTP/1.1\r\n"),
-        line("two blanks after the target", b"GET /own  HTTP/1.1\r\n"),
-        line("tabs between its parts", b"GET\t/own\tHTTP/1.1\r\n"),
-        line(
-            "vertical tab between its parts",
-            b"GET\x0b/own HTTP/1.1\r\n",
-        ),
-        line("form feed between its parts", b"GET /own\x0cHTTP/1.1\r\n"),
-        line("bare CR between its parts", b"GET\r/own HTTP/1.1\r\n"),
-        line(
-            "no-break space between its parts",
-            b"GET\xa0/own HTTP/1.1\r\n",
-        ),
-        line("four parts", b"GET /own a HTTP/1.1\r\n"),
-        line("no method", b"/own HTTP/1.1\r\n"),
-        line("only a method", b"GET\r\n"),
-        line("method in small letters", b"get /own HTTP/1.1\r\n"),
-        line("unknown method", b"FETCH /own HTTP/1.1\r\n"),
-        line("method with a brace", b"GET{ /own HTTP/1.1\r\n"),
-        line("method with a slash", b"GE/T /own HTTP/1.1\r\n"),
-        line("method with a colon", b"GET: /own HTTP/1.1\r\n"),
-        line("method with NUL", b"GE\0T /own HTTP/1.1\r\n"),
-        line("method beyond ASCII", b"G\xc3\x89T /own HTTP/1.1\r\n"),
-        line(
-            "method of 10,000 letters",
-            &[&[b'A'; 10_000][..], b" /own HTTP/1.1\r\n"].concat(),
-        ),
-        line("CONNECT", b"CONNECT h:443 HTTP/1.1\r\n"),
-        line("CONNECT with a path", b"CONNECT /own HTTP/1.1\r\n"),
-        line("TRACE", b"TRACE /own HTTP/1.1\r\n"),
-        line("no version", b"GET /own\r\n"),
-        line("HTTP/0.9 by its version", b"GET /own HTTP/0.9\r\n"),
-        line("HTTP/1.2", b"GET /own HTTP/1.2\r\n"),
-        line("HTTP/1.10", b"GET /own HTTP/1.10\r\n"),
-        line("HTTP/2.0", b"GET /own HTTP/2.0\r\n"),
-        line("HTTP/3", b"GET /own HTTP/3\r\n"),
-        line("HTTP/1", b"GET /own HTTP/1\r\n"),
-        line("HTTP/1.", b"GET /own HTTP/1.\r\n"),
-        line("HTTP/.1", b"GET /own HTTP/.1\r\n"),
-        line("HTTP/-1.1", b"GET /own HTTP/-1.1\r\n"),
-        line("HTTP/01.1", b"GET /own HTTP/01.1\r\n"),
-        line("HTTP/1,1", b"GET /own HTTP/1,1\r\n"),
-        line("HTTP/1.1 with letters after it", b"GET /own HTTP/1.1x\r\n"),
-        line("http/1.1", b"GET /own http/1.1\r\n"),
-        line("HTTPS/1.1", b"GET /own HTTPS/1.1\r\n"),
-        line("HTTP 1.1", b"GET /own HTTP 1.1\r\n"),
-        line("ICY", b"GET /own ICY/1.0\r\n"),
-    ]
-}
-
-fn targets() -> Vec<Case> {
-    let target = |name: &str, target: &[u8]| {
-        let request = [b"GET ", target, b" HTTP/1.1\r\n"].concat();
-        line(&format!("target {name}"), &request)
-    };
-    vec![
-        target("without a slash", b"own"),
-        target("with a fragment", b"/own#part"),
-        target("with NUL", b"/own\0"),
-        target("with a control byte", b"/own\x01"),
-        target("with DEL", b"/own\x7f"),
-        target("with a bare CR", b"/o\rwn"),
-        target("with a bare LF", b"/o\nwn"),
-        target("with a vertical tab", b"/o\x0bwn"),
-        target("beyond ASCII", b"/own/\xc3\xa4"),
-        target("that isn't UTF-8", b"/own/\xff\xfe"),
-        target("in quotes", b"\"/own\""),
-        target("with a backslash", b"\\own"),
-        target("of blanks", b" "),
-        target("asterisk for GET", b"*"),
-        target("authority for GET", b"h:80"),
-        target("of another scheme", b"ftp://h/own"),
-        target("absolute without a host", b"http:///own"),
-        target("absolute with a user", b"http://user:secret@h/own"),
-        target("absolute with a bad port", b"http://h:99999999/own"),
-        target("absolute with one slash", b"http:/own"),
-        target("absolute with a blank in its host", b"http://h h/own"),
-        target("of 70,000 bytes", &[b"/", &[b'a'; 70_000][..]].concat()),
-        target("with a cut escape", b"/own%2"),
-        target("with a false escape", b"/own%zz"),
-        target("with an escaped NUL", b"/own%00"),
-    ]
-}
-
-fn fields() -> Vec<Case> {
-    let many: Vec<u8> = (0..2000)
-        .flat_map(|n| format!("X-{n}: a\r\n").into_bytes())
-        .collect();
-    vec![
-        field("no colon", b"Broken\r\n"),
-        field("only a colon", b":\r\n"),
-        field("no name", b": a\r\n"),
-        field("blank before the colon", b"X-A : a\r\n"),
-        field("tab before the colon", b"X-A\t: a\r\n"),
-        field("blank within the name", b"X A: a\r\n"),
-        field("blank before the name", b"X-A: a\r\n X-B: b\r\n"),
-        field("first line folded", b"").folded_first(),
-        field("folded value", b"X-A: a\r\n\tb\r\n"),
-        field("folded by blanks alone", b"X-A: a\r\n \r\n"),
-        field("folded length", b"Content-Length:\r\n 5\r\n"),
-        field("NUL in the name", b"X\0A: a\r\n"),
-        field("control byte in the name", b"X\x01A: a\r\n"),
-        field("name beyond ASCII", b"X-\xc3\xa4: a\r\n"),
-        field("brackets in the name", b"X[A]: a\r\n"),
-        field("quotes in the name", b"\"X\": a\r\n"),
-        field("slash in the name", b"X/A: a\r\n"),
-        field("CR in the name", b"X\rA: a\r\n"),
-        field("NUL in the value", b"X-A: a\0b\r\n"),
-        field("control byte in the value", b"X-A: a\x01b\r\n"),
-        field("DEL in the value", b"X-A: a\x7fb\r\n"),
-        field("bare CR in the value", b"X-A: a\rb\r\n"),
-        field("bare CR and a field in the value", b"X-A: a\rX-B: b\r\n"),
-        field("bare LF in the value", b"X-A: a\nX-B: b\r\n"),
-        // Who takes a bare LF for the end of a line (RFC 9112, section 2.2) sees two requests, and so
-        // do all three.
-        field(
-            "bare LFs and a second request",
-            b"X-A: a\n\nGET /own-too HTTP/1.1\nHost: h\n\n",
-        ),
-        field("CR, CR, LF", b"X-A: a\r\r\n"),
-        field("LF, CR", b"X-A: a\n\rX-B: b\r\n"),
-        field(
-            "name of 70,000 bytes",
-            &[&[b'a'; 70_000][..], b": a\r\n"].concat(),
-        ),
-        field(
-            "value of 70,000 bytes",
-            &[b"X-A: ", &[b'a'; 70_000][..], b"\r\n"].concat(),
-        ),
-        field("2,000 of them", &many),
-        case(
-            "field: bare LF at the head's end",
-            b"GET /own HTTP/1.1\r\nHost: h\r\nX-A: a\r\n\n",
-        ),
-        case("field: LF everywhere", b"GET /own HTTP/1.1\nHost: h\n\n"),
-        case("field: CR everywhere", b"GET /own HTTP/1.1\rHost: h\r\r").incomplete(),
-        case("field: none, and no end", b"GET /own HTTP/1.1\r\n").incomplete(),
-        case(
-            "field: head without end",
-            b"GET /own HTTP/1.1\r\nHost: h\r\nX-A: a",
-        )
-        .incomplete(),
-    ]
-}
-
-impl Case {
-    /// The same with a line before Host that continues the request line.
-    fn folded_first(mut self) -> Self {
-        self.bytes = b"GET /own HTTP/1.1\r\n X-A: a\r\nHost: h\r\n\r\n".to_vec();
-        self
+fn lengths(list: &mut List) {
+    list.group = "Content-Length";
+    for (name, value) in [
+        ("empty length", ""),
+        ("a plus sign", "+5"),
+        ("a minus sign", "-5"),
+        ("minus zero", "-0"),
+        ("hexadecimal", "0x5"),
+        ("a fraction", "5.0"),
+        ("an exponent", "5e0"),
+        ("an underscore", "0_5"),
+        ("letters", "five"),
+        ("a letter behind", "5a"),
+        ("a blank within a length", "0 5"),
+        ("quotes", "\"5\""),
+        ("a semicolon behind", "5;"),
+        ("a comma behind", "5,"),
+        ("a list of equals", "5, 5"),
+        ("a list of others", "5, 6"),
+        ("2 to the 63rd", "9223372036854775808"),
+        ("2 to the 64th and 5", "18446744073709551621"),
+        ("forty nines", "9999999999999999999999999999999999999999"),
+        ("other digits", "\u{665}"),
+        ("a NUL behind", "5\0"),
+        ("a vertical tab behind", "5\x0b"),
+    ] {
+        list.body(name, format!("Content-Length: {value}\r\n"), "hello");
     }
+    list.body(
+        "leading zeros",
+        "Content-Length: 0000000000000000000000005\r\n",
+        "hello",
+    );
+    list.body("blanks around", "Content-Length: \t 5 \t\r\n", "hello");
+    list.body(
+        "two that are equal lengths",
+        "Content-Length: 5\r\nContent-Length: 5\r\n",
+        "hello",
+    );
+    list.body(
+        "two that differ in length",
+        "Content-Length: 5\r\nContent-Length: 6\r\n",
+        "hello!",
+    );
+    let hidden = HIDDEN.len();
+    let two = format!("Content-Length: 0\r\nContent-Length: {hidden}\r\n");
+    list.body("two, the first of zero", two, HIDDEN);
+    let two = format!("Content-Length: {hidden}\r\nContent-Length: 0\r\n");
+    list.body("two, the second of zero", two, HIDDEN);
+    list.body(
+        "a length with a space before the colon",
+        "Content-Length : 5\r\n",
+        "hello",
+    );
+    list.body("a length by a fold", "Content-Length:\r\n 5\r\n", "hello");
+    list.body("an underscore in its name", "Content_Length: 5\r\n", "");
+    list.body(
+        "a request hidden in the body",
+        format!("Content-Length: {hidden}\r\n"),
+        HIDDEN,
+    );
+    let get = "GET / HTTP/1.1\r\nHost: h\r\n";
+    list.raw(
+        "GET with a body",
+        format!("{get}Content-Length: {hidden}\r\n\r\n{HIDDEN}"),
+    );
+    list.raw(
+        "HEAD with a body",
+        "HEAD / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello",
+    );
+    list.body("a body that is shorter", "Content-Length: 50\r\n", "hello")
+        .leaves();
+    list.body("no length, and a body", "", "hello");
+    list.body(
+        "a length of zero, and a request",
+        "Content-Length: 0\r\n",
+        HIDDEN,
+    )
+    .requests(2);
+    list.body("POST without a length, and a request", "", HIDDEN)
+        .requests(2);
 }
 
-fn hosts() -> Vec<Case> {
-    vec![
-        host("none", b""),
-        host("two", b"Host: h\r\nHost: h\r\n"),
-        host("two that differ", b"Host: h\r\nHost: other\r\n"),
-        host("two in one", b"Host: h, other\r\n"),
-        host("a path", b"Host: h/own\r\n"),
-        host("a user", b"Host: user@h\r\n"),
-        host("a scheme", b"Host: http://h\r\n"),
-        host("a query", b"Host: h?a\r\n"),
-        host("a fragment", b"Host: h#a\r\n"),
-        host("a backslash", b"Host: h\\a\r\n"),
-        host("a blank", b"Host: h h\r\n"),
-        host("a tab", b"Host: h\th\r\n"),
-        host("NUL", b"Host: h\0h\r\n"),
-        host("beyond ASCII", b"Host: h\xc3\xa4\r\n"),
-        host("a port that is a word", b"Host: h:http\r\n"),
-        host("a port beyond all", b"Host: h:65536\r\n"),
-        host("a negative port", b"Host: h:-1\r\n"),
-        host("two ports", b"Host: h:1:2\r\n"),
-        host("half an address", b"Host: [::1\r\n"),
-        host("a false address", b"Host: [::g]\r\n"),
-        host("braces", b"Host: {h}\r\n"),
-        host("a percent sign", b"Host: h%\r\n"),
-        host(
-            "70,000 bytes",
-            &[b"Host: ", &[b'a'; 70_000][..], b"\r\n"].concat(),
-        ),
-        case(
-            "host: none, the target absolute",
-            b"GET http://h/own HTTP/1.1\r\n\r\n",
-        ),
-    ]
+fn codings(list: &mut List) {
+    list.group = "Transfer-Encoding";
+    const BODY: &str = "5\r\nhello\r\n0\r\n\r\n";
+    for (name, value) in [
+        ("an empty coding", ""),
+        ("identity", "identity"),
+        ("gzip", "gzip"),
+        ("gzip, chunked", "gzip, chunked"),
+        ("chunked, gzip", "chunked, gzip"),
+        ("chunked, identity", "chunked, identity"),
+        ("identity, chunked", "identity, chunked"),
+        ("chunked, chunked", "chunked, chunked"),
+        ("a comma before chunked", ", chunked"),
+        ("a comma behind chunked", "chunked,"),
+        ("xchunked", "xchunked"),
+        ("chunkedx", "chunkedx"),
+        ("chunk", "chunk"),
+        ("CHUNKED", "CHUNKED"),
+        ("quoted", "\"chunked\""),
+        ("single quotes", "'chunked'"),
+        ("a parameter", "chunked;q=1"),
+        ("a semicolon behind chunked", "chunked;"),
+        ("a tab before", "\tchunked"),
+        ("a tab behind", "chunked\t"),
+        ("a vertical tab before", "\x0bchunked"),
+        ("a vertical tab behind chunked", "chunked\x0b"),
+        ("a form feed behind", "chunked\x0c"),
+        ("a NUL behind chunked", "chunked\0"),
+        ("a blank within chunked", "chun ked"),
+        ("a byte above 127", "chunked\u{a0}"),
+        ("a bare CR behind", "chunked\rX: y"),
+        ("a bare LF before", "\nX: chunked"),
+        ("by a fold", "\r\n chunked"),
+        ("a second behind a fold", "chunked\r\n , identity"),
+    ] {
+        list.body(name, format!("Transfer-Encoding: {value}\r\n"), BODY);
+    }
+    let te = "Transfer-Encoding: chunked\r\n";
+    list.body("two lines of chunked", te.repeat(2), BODY);
+    list.body(
+        "two lines, identity first",
+        format!("Transfer-Encoding: identity\r\n{te}"),
+        BODY,
+    );
+    list.body(
+        "two lines, identity second",
+        format!("{te}Transfer-Encoding: identity\r\n"),
+        BODY,
+    );
+    list.body(
+        "two lines, x second",
+        format!("{te}Transfer-encoding: x\r\n"),
+        BODY,
+    );
+    list.body(
+        "a space before its colon",
+        "Transfer-Encoding : chunked\r\n",
+        BODY,
+    );
+    list.body(
+        "a tab before its colon",
+        "Transfer-Encoding\t: chunked\r\n",
+        BODY,
+    );
+    list.body(
+        "a blank before its name",
+        " Transfer-Encoding: chunked\r\n",
+        BODY,
+    );
+    list.body(
+        "an underscore for its hyphen",
+        "Transfer_Encoding: chunked\r\n",
+        "",
+    );
+    list.body(
+        "a bare CR before its name",
+        "X: y\r\rTransfer-Encoding: chunked\r\n",
+        BODY,
+    );
+    list.body("a colon twice", "Transfer-Encoding:: chunked\r\n", BODY);
+    list.body(
+        "with a length, CL.TE",
+        format!("Content-Length: 5\r\n{te}"),
+        BODY,
+    );
+    list.body(
+        "with a length, TE.CL",
+        format!("{te}Content-Length: 5\r\n"),
+        BODY,
+    );
+    let smuggled = format!("0\r\n\r\n{HIDDEN}");
+    let length = format!("Content-Length: {}\r\n{te}", smuggled.len());
+    list.body("CL.TE with a request behind", length, &smuggled);
+    let chunk = format!("{:x}\r\n{HIDDEN}\r\n0\r\n\r\n", HIDDEN.len());
+    list.body(
+        "TE.CL with a request within",
+        format!("{te}Content-Length: 4\r\n"),
+        &chunk,
+    );
+    list.body(
+        "with a length of zero",
+        format!("Content-Length: 0\r\n{te}"),
+        BODY,
+    );
+    list.body(
+        "xchunked with a length",
+        "Content-Length: 15\r\nTransfer-Encoding: xchunked\r\n",
+        BODY,
+    );
+    list.body(
+        "a length and a coding with a blank",
+        "Content-Length: 15\r\nTransfer-Encoding : chunked\r\n",
+        BODY,
+    );
+    let old = "POST / HTTP/1.0\r\nHost: h\r\n";
+    list.raw("in HTTP/1.0", format!("{old}{te}\r\n{BODY}"));
+    list.raw(
+        "in HTTP/1.0, with a length",
+        format!("{old}Content-Length: 15\r\n{te}\r\n{BODY}"),
+    );
+    list.raw(
+        "in HTTP/1.0, kept alive",
+        format!("{old}Connection: keep-alive\r\n{te}\r\n{BODY}"),
+    );
+    list.raw(
+        "with GET",
+        format!("GET / HTTP/1.1\r\nHost: h\r\n{te}\r\n{BODY}"),
+    );
 }
 
-fn lengths() -> Vec<Case> {
-    vec![
-        hiding(
-            "two lengths that differ",
-            "Content-Length: 0\r\nContent-Length: LENGTH\r\n",
+fn chunks(list: &mut List) {
+    list.group = "chunks";
+    for (name, line) in [
+        ("no size", ""),
+        ("a size of a blank", " "),
+        ("a size with a minus", "-5"),
+        ("a size with a plus", "+5"),
+        ("a size with 0x", "0x5"),
+        ("a size with a blank before", " 5"),
+        ("a size with a tab before", "\t5"),
+        ("a size with a blank behind", "5 "),
+        ("a size with a blank within", "0 5"),
+        ("a size with a letter behind", "5g"),
+        ("a size with an underscore", "0_5"),
+        ("a size with a dot", "5.0"),
+        ("a size with a comma", "5,"),
+        ("a size in quotes", "\"5\""),
+        ("a size with a NUL", "5\0"),
+        ("a size with a vertical tab", "5\x0b"),
+        ("a size with a form feed", "5\x0c"),
+        ("a size of other digits", "\u{665}"),
+        ("a size of 2 to the 64th and 5", "10000000000000005"),
+        ("a size of 2 to the 64th less 1", "ffffffffffffffff"),
+        ("a size of 2 to the 63rd", "8000000000000000"),
+        (
+            "a size of 100 zeros and 5",
+            "0000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000005",
         ),
-        hiding(
-            "the same the other way round",
-            "Content-Length: LENGTH\r\nContent-Length: 0\r\n",
-        ),
-        hiding(
-            "two lengths, the same",
-            "Content-Length: LENGTH\r\nContent-Length: LENGTH\r\n",
-        ),
-        hiding("a list of lengths", "Content-Length: LENGTH, LENGTH\r\n"),
-        hiding(
-            "a list of lengths that differ",
-            "Content-Length: 0, LENGTH\r\n",
-        ),
-        hiding("a length and an empty one", "Content-Length: LENGTH,\r\n"),
-        hiding("a plus", "Content-Length: +LENGTH\r\n"),
-        hiding("a minus", "Content-Length: -LENGTH\r\n"),
-        hiding("minus zero", "Content-Length: -0\r\n"),
-        hiding("hexadecimal", "Content-Length: 0x21\r\n"),
-        hiding("hexadecimal digits", "Content-Length: 2a\r\n"),
-        hiding("a fraction", "Content-Length: LENGTH.0\r\n"),
-        hiding("an exponent", "Content-Length: 3e1\r\n"),
-        hiding("a blank within", "Content-Length: 3 3\r\n"),
-        hiding("an underscore", "Content-Length: 3_3\r\n"),
-        hiding("quotes", "Content-Length: \"LENGTH\"\r\n"),
-        hiding("a vertical tab", "Content-Length: \x0bLENGTH\r\n"),
-        hiding("a word", "Content-Length: all\r\n"),
-        hiding("nothing", "Content-Length:\r\n"),
-        hiding(
-            "digits of another script",
-            "Content-Length: \u{0663}\u{0663}\r\n",
-        ),
-        hiding("beyond 64 bits", "Content-Length: 18446744073709551649\r\n"),
-        hiding(
-            "beyond 64 bits, signed",
-            "Content-Length: 9223372036854775808\r\n",
-        )
-        .incomplete(),
-        hiding("blank before the colon", "Content-Length : LENGTH\r\n"),
-        hiding(
-            "a name that looks alike",
-            "Content_Length: LENGTH\r\nContent-Length: LENGTH\r\n",
-        ),
-        hiding("leading zeros", "Content-Length: 000LENGTH\r\n"),
-        content("shorter than said", b"Content-Length: 900\r\n", b"short").incomplete(),
-        content("longer than said", b"Content-Length: 2\r\n", b"longer"),
-        content(
-            "without any framing",
-            b"",
-            b"GARBAGE without a length\r\n\r\n",
-        ),
-    ]
+        ("an extension", "5;a=b"),
+        ("an extension without a name", "5;"),
+        ("an extension in quotes", "5;a=\"b;c\""),
+        ("an extension with a bare LF", "5;a\nb"),
+        ("an extension with a bare CR", "5;a\rb"),
+        ("an extension with a NUL", "5;a\0b"),
+        ("an extension with a bell", "5;a\x07b"),
+        ("an extension without a semicolon", "5 a=b"),
+        ("an extension in quotes that stay open", "5;a=\"b"),
+        ("an extension with a byte above 127", "5;a=\u{e9}"),
+    ] {
+        list.chunked(name, format!("{line}\r\nhello\r\n0\r\n\r\n"));
+    }
+    list.chunked(
+        "a size of 2 to the 32nd and 5",
+        "100000005\r\nhello\r\n0\r\n\r\n",
+    )
+    .leaves();
+    let long = "x".repeat(20 * 1024);
+    list.chunked(
+        "an extension of 20 KiB",
+        format!("5;{long}\r\nhello\r\n0\r\n\r\n"),
+    );
+    list.chunked("a size line by a bare LF", "5\nhello\r\n0\r\n\r\n");
+    list.chunked("a size line by a bare CR", "5\rhello\r\n0\r\n\r\n");
+    list.chunked("a chunk that ends with a bare LF", "5\r\nhello\n0\r\n\r\n");
+    list.chunked("a chunk that ends with a bare CR", "5\r\nhello\r0\r\n\r\n");
+    list.chunked("a chunk that ends with LF CR", "5\r\nhello\n\r0\r\n\r\n");
+    list.chunked("a chunk without an end", "5\r\nhello0\r\n\r\n");
+    list.chunked("a chunk that is longer", "5\r\nhello!\r\n0\r\n\r\n");
+    list.chunked("a chunk that is shorter", "6\r\nhello\r\n0\r\n\r\n");
+    list.chunked("an end of bare LFs", "5\r\nhello\r\n0\n\n");
+    list.chunked(
+        "an end of a bare LF behind the size",
+        "5\r\nhello\r\n0\n\r\n",
+    );
+    list.chunked("an end with a bare LF last", "5\r\nhello\r\n0\r\n\n");
+    list.chunked("an end with a bare CR", "5\r\nhello\r\n0\r\n\rX")
+        .leaves();
+    list.chunked("an end with a sign", "5\r\nhello\r\n-0\r\n\r\n");
+    list.chunked("an end of many zeros", "5\r\nhello\r\n00000000\r\n\r\n");
+    list.chunked("an end with an extension", "5\r\nhello\r\n0;a=b\r\n\r\n");
+    list.chunked("no chunks, a plain text", "hello\r\n");
+    list.chunked(
+        "a bare LF that hides a request",
+        format!("2;\nxx\r\n{:x}\r\n{HIDDEN}\r\n0\r\n\r\n", HIDDEN.len()),
+    );
+    list.chunked(
+        "a request within a chunk",
+        format!("{:x}\r\n{HIDDEN}\r\n0\r\n\r\n", HIDDEN.len()),
+    );
+    list.chunked("a request behind the end", format!("0\r\n\r\n{HIDDEN}"))
+        .requests(2);
+    list.chunked("an end that never comes", "5\r\nhello\r\n")
+        .leaves();
+    list.chunked("a chunk that breaks off", "50\r\nhello")
+        .leaves();
 }
 
-/// Transfer-Encoding: whoever takes the content for something else than chunks sees the hidden
-/// request.
-fn encodings() -> Vec<Case> {
-    let chunked = [b"0\r\n\r\n", HIDDEN].concat();
-    // Either way of reading it ends at the same place: with `/hidden` in the content, or after it.
-    let smuggle = |name: &str, lines: &str| {
-        let lines = lines.replace("LENGTH", &chunked.len().to_string());
-        let mut case = content(name, lines.as_bytes(), &chunked);
-        case.name = format!("encoding: {name}");
-        case
-    };
-    let variants = [
-        ("chunked", " chunked"),
-        ("identity", " identity"),
-        ("chunked and identity", " chunked, identity"),
-        ("identity and chunked", " identity, chunked"),
-        ("chunked twice", " chunked, chunked"),
-        ("xchunked", " xchunked"),
-        ("chunkedx", " chunkedx"),
-        ("chunked with a parameter", " chunked;q=1"),
-        ("chunked in quotes", " \"chunked\""),
-        ("CHUNKED", " CHUNKED"),
-        ("a tab before it", "\tchunked"),
-        ("a vertical tab before it", " \x0bchunked"),
-        ("a form feed after it", " chunked\x0c"),
-        ("NUL after it", " chunked\0"),
-        ("a comma before it", " ,chunked"),
-        ("a comma after it", " chunked,"),
-        ("a blank within", " chun ked"),
-        ("gzip", " gzip"),
-        ("gzip and chunked", " gzip, chunked"),
-        ("nothing", ""),
-        ("folded", "\r\n chunked"),
-        ("a bare CR before it", " \rchunked"),
-        ("a bare LF before it", "\nchunked"),
-    ];
-    let beside = variants.map(|(name, value)| {
-        let lines = format!("Content-Length: LENGTH\r\nTransfer-Encoding:{value}\r\n");
-        smuggle(&format!("{name}, beside a length"), &lines)
-    });
-    let alone = variants.map(|(name, value)| {
-        let lines = format!("Transfer-Encoding:{value}\r\n");
-        let mut case = content(name, lines.as_bytes(), b"3\r\nabc\r\n0\r\n\r\n");
-        case.name = format!("encoding: {name}");
-        case
-    });
-    let others = [
-        smuggle(
-            "chunked before a length",
-            "Transfer-Encoding: chunked\r\nContent-Length: LENGTH\r\n",
+fn trailers(list: &mut List) {
+    list.group = "trailers";
+    for (name, lines) in [
+        ("one", "X-Sum: 1\r\n"),
+        ("Content-Length in a trailer", "Content-Length: 5\r\n"),
+        (
+            "Transfer-Encoding in a trailer",
+            "Transfer-Encoding: chunked\r\n",
         ),
-        smuggle(
-            "two fields",
-            "Content-Length: LENGTH\r\nTransfer-Encoding: identity\r\nTransfer-Encoding: chunked\r\n",
+        ("Host in a trailer", "Host: other\r\n"),
+        ("Connection in a trailer", "Connection: close\r\n"),
+        (
+            "Authorization in a trailer",
+            "Authorization: Basic eDp5\r\n",
         ),
-        smuggle(
-            "two fields the other way round",
-            "Content-Length: LENGTH\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n",
+        ("Cookie in a trailer", "Cookie: a=b\r\n"),
+        ("Content-Type in a trailer", "Content-Type: text/html\r\n"),
+        ("Expect in a trailer", "Expect: 100-continue\r\n"),
+        ("Upgrade in a trailer", "Upgrade: websocket\r\n"),
+        (
+            "X-Forwarded-For in a trailer",
+            "X-Forwarded-For: 203.0.113.9\r\n",
         ),
-        smuggle(
-            "a blank before the colon",
-            "Content-Length: LENGTH\r\nTransfer-Encoding : chunked\r\n",
+        ("a trailer without a colon", "X-Sum\r\n"),
+        ("a trailer with a space before the colon", "X-Sum : 1\r\n"),
+        ("a trailer without a name", ": 1\r\n"),
+        ("a trailer that is folded", "X-Sum: 1\r\n 2\r\n"),
+        ("a trailer with a blank first", " X-Sum: 1\r\n"),
+        ("a trailer with a NUL", "X-Sum: \0\r\n"),
+        ("a trailer with a bare CR", "X-Sum: 1\rHost: other\r\n"),
+        ("a trailer with a bare LF", "X-Sum: 1\nHost: other\r\n"),
+        ("a trailer that ends with a bare LF", "X-Sum: 1\n"),
+        (
+            "a request for a trailer",
+            "GET /hidden HTTP/1.1\r\nHost: other\r\n",
         ),
-        smuggle(
-            "a name that looks alike",
-            "Content-Length: LENGTH\r\nTransfer_Encoding: chunked\r\n",
-        ),
-        smuggle(
-            "NUL in the name",
-            "Content-Length: LENGTH\r\nTransfer\0-Encoding: chunked\r\n",
-        ),
-        smuggle(
-            "a blank before the name",
-            "Content-Length: LENGTH\r\n Transfer-Encoding: chunked\r\n",
-        ),
-        smuggle(
-            "hidden behind a bare LF",
-            "Content-Length: LENGTH\r\nX-A: a\nTransfer-Encoding: chunked\r\n",
-        ),
-        smuggle(
-            "hidden behind a bare CR",
-            "Content-Length: LENGTH\r\nX-A: a\rTransfer-Encoding: chunked\r\n",
-        ),
-        smuggle("only gzip, without a length", "Transfer-Encoding: gzip\r\n"),
-        case(
-            "encoding: chunked in HTTP/1.0",
-            [
-                b"POST /own HTTP/1.0\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n",
-                &chunked[..],
-            ]
-            .concat(),
-        ),
-        case(
-            "encoding: chunked beside a length in HTTP/1.0",
-            [
-                b"POST /own HTTP/1.0\r\nHost: h\r\nConnection: keep-alive\r\n\
-                  Content-Length: 38\r\nTransfer-Encoding: chunked\r\n\r\n",
-                &chunked[..],
-            ]
-            .concat(),
-        ),
-        case(
-            "encoding: chunked for GET, with a hidden request after it",
-            [
-                b"GET /own HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n21\r\n",
-                HIDDEN,
-                b"\r\n0\r\n\r\n",
-            ]
-            .concat(),
-        ),
-    ];
-    beside.into_iter().chain(alone).chain(others).collect()
+    ] {
+        list.chunked(name, format!("5\r\nhello\r\n0\r\n{lines}\r\n"));
+    }
+    let many = "X: y\r\n".repeat(5000);
+    list.chunked("5,000 trailers", format!("5\r\nhello\r\n0\r\n{many}\r\n"));
+    let long = "y".repeat(100 * 1024);
+    list.chunked(
+        "a trailer of 100 KiB",
+        format!("5\r\nhello\r\n0\r\nX: {long}\r\n\r\n"),
+    );
 }
 
-fn chunked() -> Vec<Case> {
-    vec![
-        chunks("no size", b"\r\nabc\r\n0\r\n\r\n"),
-        chunks("a minus", b"-3\r\nabc\r\n0\r\n\r\n"),
-        chunks("a plus", b"+3\r\nabc\r\n0\r\n\r\n"),
-        chunks("0x", b"0x3\r\nabc\r\n0\r\n\r\n"),
-        chunks("a word", b"three\r\nabc\r\n0\r\n\r\n"),
-        chunks("a blank before", b" 3\r\nabc\r\n0\r\n\r\n"),
-        chunks("a blank after", b"3 \r\nabc\r\n0\r\n\r\n"),
-        chunks("a tab after", b"3\t\r\nabc\r\n0\r\n\r\n"),
-        chunks("a letter after", b"3g\r\nabc\r\n0\r\n\r\n"),
-        chunks("NUL after", b"3\0\r\nabc\r\n0\r\n\r\n"),
-        chunks("an underscore", b"0_3\r\nabc\r\n0\r\n\r\n"),
-        chunks("17 digits", b"10000000000000003\r\nabc\r\n0\r\n\r\n"),
-        chunks("16 digits", b"ffffffffffffffff\r\nabc\r\n0\r\n\r\n").incomplete(),
-        chunks(
-            "100 zeros before",
-            &[&[b'0'; 100][..], b"3\r\nabc\r\n0\r\n\r\n"].concat(),
+fn connections(list: &mut List) {
+    list.group = "Connection, Expect, Upgrade";
+    for (name, lines) in [
+        ("Connection names Host", "Connection: host\r\n"),
+        (
+            "Connection names Host and close",
+            "Connection: close, host\r\n",
         ),
-        chunks("bare LF after the size", b"3\nabc\r\n0\r\n\r\n"),
-        chunks("bare CR after the size", b"3\rabc\r\n0\r\n\r\n"),
-        chunks("nothing after the data", b"3\r\nabc0\r\n\r\n"),
-        chunks("bare LF after the data", b"3\r\nabc\n0\r\n\r\n"),
-        chunks("data longer than said", b"3\r\nabcdef\r\n0\r\n\r\n"),
-        chunks("data shorter than said", b"9\r\nabc\r\n0\r\n\r\n").incomplete(),
-        chunks("bare LF at the end", b"3\r\nabc\r\n0\n\n"),
-        chunks("bare LF after the last size", b"3\r\nabc\r\n0\n\r\n"),
-        chunks("bare LF as the last line", b"3\r\nabc\r\n0\r\n\n"),
-        chunks("no end", b"3\r\nabc\r\n").incomplete(),
-        chunks("an extension", b"3;a=b\r\nabc\r\n0\r\n\r\n"),
-        chunks(
-            "an extension in quotes",
-            b"3;a=\"b\\\"c\"\r\nabc\r\n0;x\r\n\r\n",
+        (
+            "Connection names X-Forwarded-For",
+            "Connection: x-forwarded-for\r\n",
         ),
-        chunks("NUL in an extension", b"3;a\0\r\nabc\r\n0\r\n\r\n"),
-        chunks("bare CR in an extension", b"3;a\rb\r\nabc\r\n0\r\n\r\n"),
-        chunks("bare LF in an extension", b"3;a\nb\r\nabc\r\n0\r\n\r\n"),
-        chunks(
-            "a hidden request behind a bare LF in an extension",
-            b"3;\nxx\r\n2c\r\n0\r\n\r\nGET /hidden HTTP/1.1\r\nHost: h\r\n\r\n",
+        ("Connection names itself", "Connection: connection\r\n"),
+        ("Connection of commas", "Connection: ,,,\r\n"),
+        ("Connection of what is no token", "Connection: (\r\n"),
+        ("Connection both ways", "Connection: close, keep-alive\r\n"),
+        ("Expect of nonsense", "Expect: nonsense\r\n"),
+        ("Expect of two things", "Expect: 100-continue, nonsense\r\n"),
+        ("Expect without a body", "Expect: 100-continue\r\n"),
+        ("Expect that is empty", "Expect:\r\n"),
+        ("Upgrade of nothing", "Connection: upgrade\r\nUpgrade:\r\n"),
+        (
+            "Upgrade of what is no token",
+            "Connection: upgrade\r\nUpgrade: (/)\r\n",
         ),
-        chunks(
-            "an extension of 70,000 bytes",
-            &[b"3;", &[b'a'; 70_000][..], b"\r\nabc\r\n0\r\n\r\n"].concat(),
+        (
+            "Upgrade to HTTP/2",
+            "Connection: upgrade, http2-settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n",
         ),
-        chunks("a comma", b"3,a\r\nabc\r\n0\r\n\r\n"),
-        chunks("trailers", b"3\r\nabc\r\n0\r\nX-Sum: 1\r\n\r\n"),
-        chunks(
-            "a length as trailer",
-            b"3\r\nabc\r\n0\r\nContent-Length: 9\r\n\r\n",
+        (
+            "Upgrade to HTTP/2, settings that are none",
+            "Connection: upgrade, http2-settings\r\nUpgrade: h2c\r\nHTTP2-Settings: !\r\n",
         ),
-        chunks(
-            "an encoding as trailer",
-            b"3\r\nabc\r\n0\r\nTransfer-Encoding: chunked\r\n\r\n",
+        (
+            "Upgrade to TLS",
+            "Connection: upgrade\r\nUpgrade: TLS/1.0\r\n",
         ),
-        chunks("Host as trailer", b"3\r\nabc\r\n0\r\nHost: other\r\n\r\n"),
-        chunks(
-            "a trailer without a colon",
-            b"3\r\nabc\r\n0\r\nX-Sum\r\n\r\n",
+        ("Upgrade without Connection", "Upgrade: websocket\r\n"),
+        (
+            "Upgrade that is refused",
+            "Connection: upgrade\r\nUpgrade: websocket\r\n",
         ),
-        chunks(
-            "a trailer with a blank before its colon",
-            b"3\r\nabc\r\n0\r\nX-Sum : 1\r\n\r\n",
+        ("Max-Forwards of nonsense", "Max-Forwards: -1\r\n"),
+        ("TE of chunked", "Connection: te\r\nTE: chunked\r\n"),
+        (
+            "Trailer names Content-Length",
+            "Trailer: content-length\r\n",
         ),
-        chunks("NUL in a trailer", b"3\r\nabc\r\n0\r\nX-Sum: \0\r\n\r\n"),
-        chunks(
-            "a folded trailer",
-            b"3\r\nabc\r\n0\r\nX-Sum: 1\r\n 2\r\n\r\n",
+        ("Proxy-Connection", "Proxy-Connection: keep-alive\r\n"),
+        (
+            "Keep-Alive of nonsense",
+            "Connection: keep-alive\r\nKeep-Alive: timeout=-1\r\n",
         ),
-        chunks(
-            "bare LF in a trailer",
-            b"3\r\nabc\r\n0\r\nX-Sum: 1\nX-B: 2\r\n\r\n",
+        (
+            "X-Forwarded-For of nonsense",
+            "X-Forwarded-For: \"<script>\r\n",
         ),
-        chunks(
-            "trailers of 70,000 bytes",
-            &[b"0\r\nX-A: ", &[b'a'; 70_000][..], b"\r\n\r\n"].concat(),
-        ),
-        chunks(
-            "a request as trailers",
-            b"0\r\nGET /hidden HTTP/1.1\r\nHost: h\r\n\r\n",
-        ),
-    ]
+    ] {
+        list.lines(name, lines);
+    }
+    list.body(
+        "Connection names Content-Length",
+        "Connection: content-length\r\nContent-Length: 5\r\n",
+        "hello",
+    );
+    let te = "Transfer-Encoding: chunked\r\n";
+    let chunks = "5\r\nhello\r\n0\r\n\r\n";
+    list.body(
+        "Connection names Transfer-Encoding",
+        format!("Connection: transfer-encoding\r\n{te}"),
+        chunks,
+    );
+    list.body(
+        "Upgrade with a body",
+        "Connection: upgrade\r\nUpgrade: websocket\r\nContent-Length: 5\r\n",
+        "hello",
+    );
+    list.lines(
+        "Upgrade and a request behind",
+        "Connection: upgrade\r\nUpgrade: websocket\r\n\r\nGET /second HTTP/1.1\r\nHost: h\r\n",
+    )
+    .requests(2);
+    list.raw(
+        "Upgrade in HTTP/1.0",
+        "GET / HTTP/1.0\r\nHost: h\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+    );
+    list.raw(
+        "Expect in HTTP/1.0",
+        "POST / HTTP/1.0\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\nhello",
+    );
+    list.raw(
+        "close, and a request behind",
+        format!("GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n{HIDDEN}"),
+    );
+    list.raw(
+        "HTTP/1.0, and a request behind",
+        format!("GET / HTTP/1.0\r\nHost: h\r\n\r\n{HIDDEN}"),
+    );
 }
 
-fn connections() -> Vec<Case> {
-    vec![
-        field("Connection names Host", b"Connection: host\r\n"),
-        field(
-            "Connection names Content-Length",
-            b"Connection: content-length\r\nContent-Length: 0\r\n",
-        ),
-        content(
-            "Connection names Content-Length, with content",
-            b"Connection: keep-alive, content-length\r\nContent-Length: 33\r\n",
-            HIDDEN,
-        ),
-        content(
-            "Connection names Transfer-Encoding",
-            b"Connection: transfer-encoding\r\nTransfer-Encoding: chunked\r\n",
-            &[b"21\r\n", HIDDEN, b"\r\n0\r\n\r\n"].concat(),
-        ),
-        field("Connection with bad words", b"Connection: a b;c=\"d\r\n"),
-        field("Connection of commas", b"Connection: ,,,,\r\n"),
-        field(
-            "Connection closes and keeps",
-            b"Connection: close, keep-alive\r\n",
-        ),
-        field(
-            "an upgrade to nothing",
-            b"Connection: upgrade\r\nUpgrade:\r\n",
-        ),
-        field(
-            "an upgrade to a false word",
-            b"Connection: upgrade\r\nUpgrade: a b(\r\n",
-        ),
-        field(
-            "an upgrade that Connection doesn't name",
-            b"Upgrade: websocket\r\n",
-        ),
-        field(
-            "an upgrade to h2c",
-            b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
-        ),
-        field("HTTP2-Settings alone", b"HTTP2-Settings: AAMAAABk\r\n"),
-        field("an unknown Expect", b"Expect: 200-maybe\r\n"),
-        field(
-            "Expect twice",
-            b"Expect: 100-continue\r\nExpect: 100-continue\r\n",
-        ),
-        content(
-            "Expect without content",
-            b"Expect: 100-continue\r\nContent-Length: 0\r\n",
-            b"",
-        ),
-        field("Keep-Alive nonsense", b"Keep-Alive: \"\r\n"),
-        field(
-            "TE nonsense",
-            b"TE: trailers;q=x, chunked\r\nConnection: TE\r\n",
-        ),
-        field("Max-Forwards nonsense", b"Max-Forwards: -1\r\n"),
-        field(
-            "X-Forwarded-For nonsense",
-            b"X-Forwarded-For: \"<script>\", ,,\r\n",
-        ),
-        field(
-            "Proxy",
-            b"Proxy: http://evil.test\r\nProxy-Connection: keep-alive\r\n",
-        ),
-    ]
-}
-
-fn other_protocols() -> Vec<Case> {
-    let hello = b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b\x03\x03";
-    vec![
-        case("other: TLS", [&hello[..], &[7; 36]].concat()),
-        case("other: SSLv2", b"\x80\x2e\x01\x00\x02\x00\x15\x00\x00\x00\x10\x01\x00\x80\x02\x00\x80\r\n\r\n"),
-        case("other: SSH", b"SSH-2.0-OpenSSH_9.2\r\n"),
-        case("other: SMTP", b"EHLO h\r\nMAIL FROM:<a@h>\r\n"),
-        case("other: RTSP", b"OPTIONS rtsp://h/own RTSP/1.0\r\nCSeq: 1\r\n\r\n"),
-        case("other: SIP", b"OPTIONS sip:a@h SIP/2.0\r\nMax-Forwards: 70\r\n\r\n"),
-        case("other: PROXY protocol 1", b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\nGET /own HTTP/1.1\r\nHost: h\r\n\r\n"),
-        case(
-            "other: PROXY protocol 2",
-            b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x01\x02\x03\x04\x05\x06\x07\x08\0\x01\0\x02GET /own HTTP/1.1\r\nHost: h\r\n\r\n",
-        ),
-        case("other: redis", b"*1\r\n$4\r\nPING\r\n"),
-        case("other: JSON", b"{\"jsonrpc\":\"2.0\",\"method\":\"own\"}\r\n\r\n"),
-        case("other: half of HTTP/2's preface", b"PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n"),
-        case("other: zeros", [0; 300]),
-        case("other: ones", [0xff; 300]),
-        case("other: an answer", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
-        case("other: a command", b"/bin/sh -i\r\n\r\n"),
-    ]
+fn others(list: &mut List) {
+    list.group = "others";
+    list.line("CONNECT of an authority", "CONNECT h:443 HTTP/1.1");
+    list.line("CONNECT of a path", "CONNECT /x HTTP/1.1");
+    list.line("CONNECT of an absolute one", "CONNECT http://h/ HTTP/1.1");
+    list.raw(
+        "CONNECT and a request behind",
+        format!("CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n{HIDDEN}"),
+    );
+    list.line("TRACE", "TRACE / HTTP/1.1");
+    list.raw(
+        "TRACE with a body",
+        "TRACE / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello",
+    );
+    list.line("PRI", "PRI * HTTP/1.1");
+    list.raw("half of HTTP/2's preface", "PRI * HTTP/2.0\r\n\r\n")
+        .leaves();
+    list.raw(
+        "HTTP/2's preface with another end",
+        "PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n",
+    );
+    list.raw(
+        "HTTP/2's preface with Host",
+        "PRI * HTTP/2.0\r\nHost: h\r\n\r\nSM\r\n\r\n",
+    );
+    list.raw(
+        "TLS",
+        b"\x16\x03\x01\x00\xf8\x01\x00\x00\xf4\x03\x03".repeat(20),
+    );
+    list.raw("SSH", "SSH-2.0-OpenSSH_9.2\r\n");
+    list.raw("mail", "EHLO example.com\r\nMAIL FROM:<a@example.com>\r\n");
+    list.raw(
+        "the PROXY protocol",
+        format!("PROXY TCP4 203.0.113.9 203.0.113.1 1 2\r\n{HIDDEN}"),
+    );
+    list.raw("an answer", "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+    list.raw("bytes above 127 only", b"\xff".repeat(300));
+    list.raw("NULs", b"\0".repeat(300));
+    list.raw("blanks", " ".repeat(300) + "\r\n\r\n");
+    list.raw("empty lines, and nothing else", "\r\n".repeat(20))
+        .leaves();
+    list.raw("nothing", "").leaves();
+    let good = "GET /first HTTP/1.1\r\nHost: h\r\n\r\n";
+    list.raw("a good one, then junk", format!("{good}junk\r\n\r\n"));
+    list.raw(
+        "a good one, then two Hosts",
+        format!("{good}GET /hidden HTTP/1.1\r\nHost: h\r\nHost: h\r\n\r\n"),
+    );
+    list.raw(
+        "a good one, then a bad length",
+        format!("{good}POST /hidden HTTP/1.1\r\nHost: h\r\nContent-Length: -1\r\n\r\n"),
+    );
+    list.raw("a good one, then NULs", format!("{good}\0\0\0\0\r\n\r\n"));
+    list.raw(
+        "a good one, then three in bad order",
+        format!("{good}Host: h\r\nGET /hidden HTTP/1.1\r\n\r\n"),
+    );
+    list.raw("ten good ones, then junk", good.repeat(10) + "junk\r\n\r\n")
+        .requests(10);
 }

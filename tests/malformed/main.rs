@@ -1,308 +1,178 @@
-//! Requests that no client should send, each alone on a connection: of every one either nothing
-//! reaches the service and the visitor gets a 4xx and the end of his connection, or one well-formed
-//! request reaches it and the visitor gets exactly its answer.
+//! Requests that are none, or that two readers could read in two ways: a visitor gets a refusal
+//! and a close, or a service gets one well-formed request and the visitor exactly its answer.
 //!
-//! Behind the bytes follows at once a good request, `/sentinel`: who misjudges where a request ends
-//! takes a part of it for something else. nginx and HAProxy get the same; `cargo test --test
-//! malformed -- --nocapture` prints all three side by side.
+//! The same list goes through nginx and HAProxy, and the three are printed side by side:
+//! `cargo test --test malformed -- --nocapture`.
 
 #![allow(
-    unreachable_pub,
     clippy::unwrap_used,
     clippy::panic,
     clippy::print_stdout,
-    reason = "a test may fail anywhere, and prints a table"
+    clippy::print_stderr,
+    reason = "a test may fail anywhere, and this one shows a table"
 )]
 
 #[path = "../common/mod.rs"]
 mod common;
 
 mod list;
+mod proxies;
 mod service;
+mod visit;
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::process::{Child, Command, Stdio};
+use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use common::nginx::Nginx;
-use common::{PATIENCE, Server, connect, eventually, get, have, port_range};
-use list::Case;
-use service::{Came, Strict};
-
-const SENTINEL: &[u8] = b"GET /sentinel HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n";
-
-/// How long nothing may come of what isn't whole, to say that it is waited for.
-const QUIET: Duration = Duration::from_millis(400);
-
-/// What a visitor got.
-#[derive(Debug, Default)]
-struct Got {
-    /// Status and, if it is the service's, the number of the request.
-    answers: Vec<(u16, Option<usize>)>,
-    /// Bytes that are no answer.
-    rest: Vec<u8>,
-    /// The connection has ended, rather than to wait for more.
-    ended: bool,
-}
-
-impl Got {
-    /// Status of whatever is no answer of the service's.
-    fn refusal(&self) -> Option<u16> {
-        let mut refusals = self.answers.iter().filter(|(_, number)| number.is_none());
-        refusals.next().map(|(status, _)| *status)
-    }
-
-    fn served(&self) -> Vec<usize> {
-        self.answers
-            .iter()
-            .filter_map(|(_, number)| *number)
-            .collect()
-    }
-}
-
-/// Sends the case with the sentinel behind it, and reads to the end.
-fn visit(front: SocketAddr, case: &Case) -> Got {
-    let mut stream = connect(front);
-    let mut writer = stream.try_clone().unwrap();
-    let bytes = [&case.bytes[..], SENTINEL].concat();
-    // Who is refused early may not take all of it.
-    let writer = std::thread::spawn(move || writer.write_all(&bytes));
-    let mut came = Vec::new();
-    let mut got = Got::default();
-    stream.set_read_timeout(Some(patience(case))).unwrap();
-    loop {
-        let mut piece = [0; 4096];
-        match stream.read(&mut piece) {
-            Ok(0) => break got.ended = true,
-            Ok(count) => came.extend_from_slice(&piece[..count]),
-            Err(error) if common::raw::is_timeout(&error) => break,
-            // A reset.
-            Err(_) => break got.ended = true,
-        }
-    }
-    let _ = stream.shutdown(std::net::Shutdown::Both);
-    let _ = writer.join();
-    while let Some((status, number, length)) = answer(&came) {
-        got.answers.push((status, number));
-        came.drain(..length);
-    }
-    got.rest = came;
-    got
-}
-
-fn patience(case: &Case) -> Duration {
-    if case.incomplete {
-        QUIET
-    } else {
-        Duration::from_secs(3)
-    }
-}
-
-/// The final answer at the beginning of these bytes, if it is whole, and its length with whatever
-/// interim ones came before.
-fn answer(bytes: &[u8]) -> Option<(u16, Option<usize>, usize)> {
-    let mut start = 0;
-    loop {
-        let rest = &bytes[start..];
-        let end = rest.windows(4).position(|part| part == b"\r\n\r\n")? + 4;
-        let head = String::from_utf8_lossy(&rest[..end]).into_owned();
-        let status: u16 = head.strip_prefix("HTTP/1.")?.get(2..5)?.parse().ok()?;
-        if (100..200).contains(&status) {
-            start += end;
-            continue;
-        }
-        let of = |name: &str| {
-            let values = common::raw::values_of(rest[..end].as_ref(), name);
-            values.first().cloned()
-        };
-        let number = of("x-number").and_then(|number| number.parse().ok());
-        let length = match (of("x-method").as_deref(), of("content-length")) {
-            (Some("HEAD"), _) => 0,
-            (_, Some(length)) => length.parse().ok()?,
-            // To the end.
-            (_, None) => rest.len() - end,
-        };
-        let whole = start + end + length;
-        return (bytes.len() >= whole).then_some((status, number, whole));
-    }
-}
-
-/// One of the three, and the service behind it.
-struct Front {
-    name: &'static str,
-    address: SocketAddr,
-    service: Strict,
-}
-
-/// What came of a case, in a word or two, and what is wrong with it.
-fn judge(front: &Front, case: &Case) -> (String, Option<String>) {
-    let got = visit(front.address, case);
-    let after = get(front.address, "/bystander");
-    let came = front.service.came();
-    let mut wrong = None;
-    let mut numbers = Vec::new();
-    let mut passed = false;
-    for what in &came {
-        match what {
-            Came::Fault(fault) => wrong = Some(format!("the service got {fault}")),
-            Came::Request { target, .. } if target == "/bystander" => {}
-            Came::Request { number, target } => {
-                numbers.push(*number);
-                let path = target.strip_prefix("http://h").unwrap_or(target);
-                passed |= path != "/sentinel";
-                if path.contains("hidden") && !path.starts_with("/own") {
-                    wrong = Some(format!("the service was asked for {target}"));
-                }
-            }
-        }
-    }
-    if got.served() != numbers {
-        wrong = Some(format!("answers {:?} to {came:?}", got.served()));
-    }
-    if !got.rest.is_empty() {
-        wrong = Some(format!(
-            "half an answer: {:?}",
-            String::from_utf8_lossy(&got.rest)
-        ));
-    }
-    if got.refusal().is_some() && !got.ended {
-        wrong = Some("refused, but not closed".to_owned());
-    }
-    if got
-        .refusal()
-        .is_some_and(|status| !(400..=505).contains(&status) || status == 500)
-    {
-        wrong = Some(format!("refused with {:?}", got.refusal()));
-    }
-    if !got.ended && !case.incomplete {
-        wrong = Some("left waiting".to_owned());
-    }
-    if after.status != 200 {
-        wrong = Some(format!("a bystander got {}", after.status));
-    }
-    let verdict = match (passed, got.refusal()) {
-        (true, None) => "passed".to_owned(),
-        (true, Some(status)) => format!("passed, then {status}"),
-        (false, Some(status)) => status.to_string(),
-        (false, None) if !got.ended => "waits".to_owned(),
-        (false, None) if numbers.is_empty() => "closed".to_owned(),
-        (false, None) => "passed over".to_owned(),
-    };
-    (verdict, wrong)
-}
-
-/// An HAProxy of the test's own, ended when dropped.
-struct Haproxy(
-    Child,
-    #[expect(dead_code, reason = "keeps its settings")] tempfile::TempDir,
-);
-
-impl Haproxy {
-    fn start(service: SocketAddr) -> (Self, SocketAddr) {
-        let directory = tempfile::tempdir().unwrap();
-        let address = SocketAddr::from(([127, 0, 0, 1], *port_range(1).start()));
-        let file = directory.path().join("haproxy.cfg");
-        let settings = format!(
-            "defaults\n mode http\n timeout connect 5s\n timeout client 10s\n timeout server 10s\n\
-             frontend front\n bind {address}\n default_backend back\n\
-             backend back\n server service {service}\n"
-        );
-        std::fs::write(&file, settings).unwrap();
-        let child = Command::new("haproxy")
-            .env("PATH", common::nginx::path_with_sbin())
-            .args(["-db", "-q", "-f"])
-            .arg(&file)
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        eventually(PATIENCE, "HAProxy listens", || {
-            TcpStream::connect(address).is_ok()
-        });
-        (Self(child, directory), address)
-    }
-}
-
-impl Drop for Haproxy {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
+use common::raw::settles;
+use common::{PATIENCE, Server, eventually, have, port_range};
+use list::{Case, list};
+use proxies::{HaProxy, Nginx};
+use service::Strict;
+use visit::{Bystander, Outcome, Patience, visit};
 
 #[test]
-fn every_one_is_refused_or_reaches_the_service_well_formed() {
-    let list = list::list();
-    assert!(list.len() >= 150, "{}", list.len());
+fn what_is_malformed_is_refused_or_made_unambiguous() {
+    let cases = list();
+    assert!(cases.len() >= 150, "{} cases", cases.len());
+    let names: HashSet<_> = cases.iter().map(|case| (case.group, case.name)).collect();
+    assert_eq!(names.len(), cases.len(), "two cases of one name");
+
+    let (silo, nginx, haproxy) = std::thread::scope(|scope| {
+        let nginx = scope.spawn(|| through_nginx(&cases));
+        let haproxy = scope.spawn(|| through_haproxy(&cases));
+        let silo = through_silo(&cases, usize::MAX);
+        (silo, nginx.join().unwrap(), haproxy.join().unwrap())
+    });
+    print(&cases, &silo, nginx.as_deref(), haproxy.as_deref());
+
+    let mut faults = Vec::new();
+    for (at, (case, outcome)) in cases.iter().zip(&silo).enumerate() {
+        if let Some(fault) = outcome.fault(case) {
+            faults.push(format!(
+                "{}, {}: {fault}\n    {}",
+                case.group,
+                case.name,
+                case.shown()
+            ));
+        }
+        let (Some(nginx), Some(haproxy)) = (&nginx, &haproxy) else {
+            continue;
+        };
+        let alone = outcome.passes() && !nginx[at].passes() && !haproxy[at].passes();
+        if alone {
+            faults.push(format!(
+                "{}, {}: only silo-proxy passes this",
+                case.group, case.name
+            ));
+        }
+    }
+    assert!(
+        faults.is_empty(),
+        "{} faults:\n{}",
+        faults.len(),
+        faults.join("\n")
+    );
+}
+
+/// However the bytes are cut, they are judged the same.
+#[test]
+fn pieces_make_no_difference() {
+    let cases = list();
+    let whole = through_silo(&cases, usize::MAX);
+    let pieces = through_silo(&cases, 5);
+    for ((case, whole), pieces) in cases.iter().zip(whole).zip(pieces) {
+        assert_eq!(pieces.fault(case), None, "{}, {}", case.group, case.name);
+        // Who leaves may do so before his bytes are looked at once more.
+        if !case.leaves {
+            let same = whole.shown() == pieces.shown();
+            assert!(same, "{}, {}: {whole:?}, {pieces:?}", case.group, case.name);
+        }
+    }
+}
+
+fn through_silo(cases: &[Case], piece: usize) -> Vec<Outcome> {
     let service = Strict::start();
     let server = Server::with(port_range(4), &[]);
     let agent = server.agent("a", service.address);
-    let mut fronts = vec![Front {
-        name: "silo-proxy",
-        address: agent.address(),
-        service,
-    }];
-    let nginx = have("nginx", "nginx-light").then(|| {
-        let service = Strict::start();
-        let nginx = Nginx::start(&format!(
-            "location / {{ proxy_pass http://{};\nproxy_http_version 1.1;\n\
-             proxy_set_header Host $http_host;\nproxy_set_header Connection \"\";\n\
-             proxy_buffering off;\nproxy_request_buffering off; }}",
-            service.address
-        ));
-        fronts.push(Front {
-            name: "nginx",
-            address: nginx.address,
-            service,
-        });
-        nginx
+    let patience = Patience {
+        answer: PATIENCE,
+        close: PATIENCE,
+    };
+    let mut bystander = Bystander::new(agent.address());
+    assert_eq!(bystander.asks(), None);
+    service.take();
+    let descriptors = server.process.descriptors();
+    let outcomes = cases.iter().map(|case| {
+        let mut outcome = visit(agent.address(), case, piece, patience);
+        outcome.faults.extend(bystander.asks());
+        outcome.compare(case, service.take());
+        outcome
     });
-    let haproxy = have("haproxy", "haproxy").then(|| {
-        let service = Strict::start();
-        let (haproxy, address) = Haproxy::start(service.address);
-        fronts.push(Front {
-            name: "HAProxy",
-            address,
-            service,
-        });
-        haproxy
+    let outcomes = outcomes.collect();
+    settles(&server);
+    eventually(PATIENCE, "the visitors' sockets are closed", || {
+        server.process.descriptors() <= descriptors
     });
+    outcomes
+}
 
-    let columns: Vec<Vec<(String, Option<String>)>> = std::thread::scope(|scope| {
-        let all: Vec<_> = fronts
-            .iter()
-            .map(|front| scope.spawn(|| list.iter().map(|case| judge(front, case)).collect()))
-            .collect();
-        all.into_iter().map(|one| one.join().unwrap()).collect()
-    });
-    drop((nginx, haproxy));
+/// For the programs to compare with, of which nothing is asked. They keep connections open.
+const SHORT: Patience = Patience {
+    answer: Duration::from_millis(500),
+    close: Duration::from_millis(20),
+};
 
-    let mut faults = Vec::new();
-    print!("\n{:60}", "");
-    fronts.iter().for_each(|front| print!("{:20}", front.name));
-    println!();
-    for (number, case) in list.iter().enumerate() {
-        print!("{:60}", case.name);
-        for column in &columns {
-            let (verdict, wrong) = &column[number];
-            let mark = if wrong.is_some() { " !" } else { "" };
-            print!("{:20}", format!("{verdict}{mark}"));
+fn through_nginx(cases: &[Case]) -> Option<Vec<Outcome>> {
+    have("nginx", "nginx").then(|| {
+        let service = Strict::start();
+        let nginx = Nginx::start(service.address);
+        through(cases, nginx.address(), &service)
+    })
+}
+
+fn through_haproxy(cases: &[Case]) -> Option<Vec<Outcome>> {
+    have("haproxy", "haproxy").then(|| {
+        let service = Strict::start();
+        let haproxy = HaProxy::start(service.address);
+        through(cases, haproxy.address(), &service)
+    })
+}
+
+fn through(cases: &[Case], address: SocketAddr, service: &Strict) -> Vec<Outcome> {
+    let outcomes = cases.iter().map(|case| {
+        let mut outcome = visit(address, case, usize::MAX, SHORT);
+        outcome.compare(case, service.take());
+        outcome
+    });
+    outcomes.collect()
+}
+
+fn print(cases: &[Case], silo: &[Outcome], nginx: Option<&[Outcome]>, haproxy: Option<&[Outcome]>) {
+    let shown = |outcomes: Option<&[Outcome]>, at: usize| match outcomes {
+        Some(outcomes) => outcomes[at].shown(),
+        None => "not installed".to_owned(),
+    };
+    let mut group = "";
+    for (at, case) in cases.iter().enumerate() {
+        if case.group != group {
+            group = case.group;
+            println!("\n{group:<46} | silo-proxy        | nginx             | HAProxy");
         }
-        println!();
-        let (verdict, wrong) = &columns[0][number];
-        if let Some(wrong) = wrong {
-            faults.push(format!("{}: {verdict}: {wrong}", case.name));
-        }
-        let refuses = |column: &Vec<(String, _)>| !column[number].0.starts_with("passed");
-        let alone = columns.len() == 3 && columns[1..].iter().all(refuses);
-        if alone && verdict.starts_with("passed") {
-            faults.push(format!("{}: only silo-proxy passes it", case.name));
-        }
-        if verdict == "closed" {
-            faults.push(format!("{}: closed without a word", case.name));
+        println!(
+            "{:<46} | {:<17} | {:<17} | {}",
+            case.name,
+            silo[at].shown(),
+            shown(nginx, at),
+            shown(haproxy, at)
+        );
+    }
+    let count = |outcomes: &[Outcome]| outcomes.iter().filter(|one| one.passes()).count();
+    println!("\n{} cases; passed by:", cases.len());
+    println!("silo-proxy {}", count(silo));
+    for (name, outcomes) in [("nginx", nginx), ("HAProxy", haproxy)] {
+        if let Some(outcomes) = outcomes {
+            println!("{name} {}", count(outcomes));
         }
     }
-    assert!(faults.is_empty(), "{}", faults.join("\n"));
-    common::raw::settles(&server);
 }
