@@ -305,7 +305,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Tunnel<T> {
             self.input.extend_from_slice(space.filled());
             space.filled().len()
         } else {
-            let wanted = self.read_size.max(self.call.missing(&self.input));
+            // A frame that is only announced gets no room for all of it yet.
+            let announced = self.call.missing(&self.input).min(8 * self.input.len());
+            let wanted = self.read_size.max(announced);
             if self.input.capacity() - self.input.len() < wanted / 4 {
                 // Free if nothing of the buffer is in use any more.
                 self.input.reserve(wanted);
@@ -464,6 +466,22 @@ mod tests {
         };
         let ((), noted) = tokio::join!(serve, driven);
         assert_eq!(noted, Some(Rejection::default()));
+    }
+
+    #[tokio::test]
+    async fn a_frame_that_is_only_announced_gets_little_room() {
+        let (mut agent, server) = call(1 << 16).await;
+        let Tunnel { mut io, .. } = server;
+        // Data of 128 KiB, of which the first byte comes.
+        let head = b"\x02\0\0\0\0\0\0\0\x01x";
+        for byte in head.chunks(1) {
+            tokio::io::AsyncWriteExt::write_all(&mut io, byte)
+                .await
+                .unwrap();
+            let driven = timeout(Duration::from_millis(1), agent.next()).await;
+            assert!(driven.is_err(), "{driven:?}");
+        }
+        assert!(agent.input.capacity() <= 2 * SMALL_READ);
     }
 
     #[tokio::test]
