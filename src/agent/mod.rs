@@ -318,12 +318,7 @@ impl Outside for Host {
     type Stream = TcpStream;
 
     async fn connect(&self, server: &HostPort) -> io::Result<TcpStream> {
-        let stream = net::dial::connect(&server.host, server.port).await?;
-        // Batches are whole messages, so nothing is gained by waiting for more; and no heartbeat can
-        // overtake what was handed to the kernel ahead of time.
-        stream.set_nodelay(true)?;
-        net::bound_unsent(&stream)?;
-        Ok(stream)
+        net::dial::connect(&server.host, server.port).await
     }
 
     fn forward(&self, exchange: Exchange, head: RequestHead) {

@@ -10,6 +10,8 @@ use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::net::TcpStream;
 
+use super::bound_unsent;
+
 /// How long an address may be silent before the next one is tried beside it (RFC 8305, section 5).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
@@ -19,11 +21,17 @@ const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 /// (RFC 8305, section 4), a quarter of a second apart: where one of the two leads nowhere, that
 /// costs a moment and not the connection. If none answers, the error is that of the first.
 ///
+/// The connection has `TCP_NODELAY`, since what is written here is whole, and [`bound_unsent`]: what
+/// was handed to the kernel ahead of time no heartbeat can overtake.
+///
 /// There is no limit of time for the whole; whoever calls sets it.
 pub async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
     let addresses = tokio::net::lookup_host((host, port)).await?;
     let pause = || tokio::time::sleep(ATTEMPT_DELAY);
-    race(alternating(addresses), TcpStream::connect, pause).await
+    let stream = race(alternating(addresses), TcpStream::connect, pause).await?;
+    stream.set_nodelay(true)?;
+    bound_unsent(&stream)?;
+    Ok(stream)
 }
 
 /// The addresses, the families taking turns, beginning with that of the first.

@@ -103,8 +103,6 @@ impl Service {
 
     async fn connect_untimed(&self, alpn: &[u8]) -> io::Result<ServiceStream> {
         let tcp = net::dial::connect(&self.address.host, self.address.port).await?;
-        tcp.set_nodelay(true)?;
-        net::bound_unsent(&tcp)?;
         Ok(match &self.tls {
             None => Either::Left(tcp),
             Some((connector, name)) => {
