@@ -159,10 +159,7 @@ async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> Result<Session<S>, Lost> {
     let secure = shared.tls.is_some();
     let mut tunnel = Tunnel::client(stream, secure, shared.authority.as_str());
-    let hello = AgentMessage {
-        hello: Some(hello(agent, shared, last_port)),
-        ..AgentMessage::default()
-    };
+    let hello = AgentMessage::from(hello(agent, shared, last_port));
     tunnel.send(&hello).await.map_err(Lost::Call)?;
     let first: ServerMessage = tunnel.message().await.map_err(Lost::Call)?;
     if let Some(rejection) = first.rejection {

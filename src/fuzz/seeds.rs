@@ -205,21 +205,12 @@ pub(super) fn frames() -> Vec<Seed> {
     for (name, frames) in from_agent {
         seeds.push(seed(name, AgentMessage::from(frames).encode_to_vec()));
     }
-    let hello = AgentMessage {
-        hello: Some(Hello {
-            agent_id: "agent-1".to_owned(),
-            ..Hello::default()
-        }),
-        ..AgentMessage::default()
-    };
-    let welcome = ServerMessage {
-        welcome: Some(Welcome::default()),
-        ..ServerMessage::default()
-    };
-    let rejection = ServerMessage {
-        rejection: Some(Rejection::default()),
-        ..ServerMessage::default()
-    };
+    let hello = AgentMessage::from(Hello {
+        agent_id: "agent-1".to_owned(),
+        ..Hello::default()
+    });
+    let welcome = ServerMessage::from(Welcome::default());
+    let rejection = ServerMessage::from(Rejection::default());
     let whole = AgentMessage::from(vec![answer(a, 200, "hello", true)]).encode_to_vec();
     seeds.extend([
         seed("hello", hello.encode_to_vec()),

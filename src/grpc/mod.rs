@@ -13,6 +13,7 @@ mod hpack;
 pub(crate) mod tests;
 
 use std::fmt;
+use std::str::FromStr;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use thiserror::Error;
@@ -141,15 +142,9 @@ impl Status {
     };
 
     fn read(fields: &[hpack::Field]) -> Option<Self> {
-        let value = |name: &str| {
-            let field = fields.iter().find(|field| field.0 == name.as_bytes());
-            field.map(|(_, value)| &value[..])
-        };
-        let code = std::str::from_utf8(value("grpc-status")?)
-            .ok()?
-            .parse()
-            .ok()?;
-        let message = percent_encoding::percent_decode(value("grpc-message").unwrap_or_default());
+        let code = number(fields, "grpc-status")?;
+        let message = value(fields, "grpc-message").unwrap_or_default();
+        let message = percent_encoding::percent_decode(message);
         Some(Self {
             code,
             message: message.decode_utf8_lossy().into_owned(),
@@ -693,10 +688,7 @@ impl Connection {
         }
         self.stream = block.stream;
         self.stream_window = self.peer_first_window;
-        let value = |name: &str| {
-            let field = fields.iter().find(|field| field.0 == name.as_bytes());
-            field.map(|(_, value)| &value[..])
-        };
+        let value = |name| value(&fields, name);
         let is_grpc =
             value("content-type").is_some_and(|kind| kind.starts_with(b"application/grpc"));
         if value(":path").is_none() || value(":method").is_none() {
@@ -752,10 +744,7 @@ impl Connection {
         } else if self.peer == Progress::Open {
             return Err(broken("trailers that don't end the stream"));
         }
-        let status = fields.iter().find(|field| field.0 == b":status");
-        let status = status
-            .and_then(|(_, value)| std::str::from_utf8(value).ok()?.parse::<u16>().ok())
-            .ok_or(broken("an answer without a status"))?;
+        let status: u16 = number(&fields, ":status").ok_or(broken("an answer without a status"))?;
         match status {
             100..=199 => {}
             200 => self.peer = Progress::Open,
@@ -993,6 +982,17 @@ impl Connection {
         put_frame_head(&mut self.out, length, kind, flags, stream);
         self.answers += FRAME_HEAD + length;
     }
+}
+
+/// The value of the first field of this name.
+fn value<'a>(fields: &'a [hpack::Field], name: &str) -> Option<&'a [u8]> {
+    let field = fields.iter().find(|field| field.0 == name.as_bytes());
+    field.map(|(_, value)| &value[..])
+}
+
+/// The same as a number.
+fn number<T: FromStr>(fields: &[hpack::Field], name: &str) -> Option<T> {
+    std::str::from_utf8(value(fields, name)?).ok()?.parse().ok()
 }
 
 /// What a server's answer begins with.

@@ -2,11 +2,11 @@
 //! that waits for something in it.
 //!
 //! A [`Link`] is shared by the tasks of all exchanges and by the one that drives the tunnel's
-//! connection ([`Tunnel::drive`]). Nothing is handed
-//! from task to task through a channel: whoever has something to say locks the session, says it,
-//! and wakes whoever has to act on it. The lock is never held across an await, and every use of it
-//! is short: it covers memory, no I/O. A tunnel and its visitors live on one worker thread, so it
-//! is all but never contended; from another thread the same calls work, only slower.
+//! connection ([`Tunnel::drive`]). Nothing is handed from task to task through a channel: whoever
+//! has something to say locks the session, says it, and wakes whoever has to act on it. The lock is
+//! never held across an await, and every use of it is short: it covers memory, no I/O. A tunnel and
+//! its visitors live on one worker thread, so it is all but never contended; from another thread the
+//! same calls work, only slower.
 
 mod gather;
 pub mod tunnel;

@@ -400,10 +400,7 @@ mod tests {
         let (ours, theirs) = duplex(size);
         let mut agent = Tunnel::client(ours, false, "server.test:9090");
         let mut server = Tunnel::server(theirs);
-        let hello = AgentMessage {
-            hello: Some(Hello::default()),
-            ..AgentMessage::default()
-        };
+        let hello = AgentMessage::from(Hello::default());
         let said = agent.send(&hello);
         let heard = async {
             let call = server.next().await.unwrap();
@@ -419,18 +416,12 @@ mod tests {
     #[tokio::test]
     async fn a_whole_session_may_come_in_one_read() {
         let (mut agent, mut server) = call(1 << 16).await;
-        let welcome = ServerMessage {
-            welcome: Some(Welcome::default()),
-            ..ServerMessage::default()
-        };
+        let welcome = ServerMessage::from(Welcome::default());
         let rejection = Rejection {
             detail: "enough".into(),
             ..Rejection::default()
         };
-        let rejected = ServerMessage {
-            rejection: Some(rejection.clone()),
-            ..ServerMessage::default()
-        };
+        let rejected = ServerMessage::from(rejection.clone());
         server.send(&welcome).await.unwrap();
         server.send(&rejected).await.unwrap();
         // Its end too, and the connection's: nobody waits for ours.
@@ -448,10 +439,7 @@ mod tests {
         let (mut agent, mut server) = call(1).await;
         let link = link();
         link.finish();
-        let last = ServerMessage {
-            rejection: Some(Rejection::default()),
-            ..ServerMessage::default()
-        };
+        let last = ServerMessage::from(Rejection::default());
         let serve = async {
             assert!(matches!(server.next().await, Ok(Event::End(status)) if status == Status::OK));
             server.send(&last).await.unwrap();

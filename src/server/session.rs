@@ -164,15 +164,14 @@ impl Welcomed {
             generation,
         } = &membership;
         let since = tokio::time::Instant::now();
-        let welcome = ServerMessage {
-            welcome: Some(welcome),
-            ..ServerMessage::default()
+        // The welcome isn't kept for as long as the session lasts.
+        let welcomed = {
+            let welcome = ServerMessage::from(welcome);
+            tokio::select! {
+                welcomed = tunnel.send(&welcome) => welcomed.map_err(Ended::from),
+                () = deadline => Err(Ended::Closed),
+            }
         };
-        let welcomed = tokio::select! {
-            welcomed = tunnel.send(&welcome) => welcomed.map_err(Ended::from),
-            () = deadline => Err(Ended::Closed),
-        };
-        drop(welcome);
         let ended = match welcomed {
             Ok(()) => {
                 let mut observer = Statistics {

@@ -129,6 +129,15 @@ pub(super) enum Job {
     Agents(Vec<Accepted>),
 }
 
+impl Job {
+    /// How many connections it brings.
+    fn len(&self) -> usize {
+        match self {
+            Self::Visitors(_, batch) | Self::Agents(batch) => batch.len(),
+        }
+    }
+}
+
 /// The queue to a worker.
 pub(super) struct JobSender {
     sender: mpsc::Sender<Job>,
@@ -237,7 +246,8 @@ impl Worker {
                 }
                 job = jobs.recv() => match job {
                     Some(job) => {
-                        admitted += self.take(job);
+                        admitted += job.len();
+                        self.take(job);
                         if admitted >= AT_ONCE {
                             admitted = 0;
                             tokio::task::yield_now().await;
@@ -249,22 +259,17 @@ impl Worker {
         }
     }
 
-    /// Admits the connections, and says how many they were.
-    fn take(self: &Arc<Self>, job: Job) -> usize {
+    fn take(self: &Arc<Self>, job: Job) {
         match job {
             Job::Visitors(tenancy, batch) => {
-                let count = batch.len();
                 for accepted in batch {
                     ingress::admit(self, &tenancy, accepted);
                 }
-                count
             }
             Job::Agents(batch) => {
-                let count = batch.len();
                 for accepted in batch {
                     self.admit_agent(accepted);
                 }
-                count
             }
         }
     }
@@ -356,11 +361,7 @@ impl Worker {
         };
         let goodbye = async {
             if let Some(rejection) = farewell {
-                let last = ServerMessage {
-                    rejection: Some(rejection),
-                    ..ServerMessage::default()
-                };
-                tunnel.send(&last).await?;
+                tunnel.send(&ServerMessage::from(rejection)).await?;
             }
             tunnel.finish().await;
             Ok::<_, tunnel::Error>(())

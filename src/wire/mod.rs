@@ -87,6 +87,33 @@ impl From<Vec<mux::Frame>> for ServerMessage {
     }
 }
 
+impl From<Hello> for AgentMessage {
+    fn from(hello: Hello) -> Self {
+        Self {
+            hello: Some(hello),
+            ..Self::default()
+        }
+    }
+}
+
+impl From<Welcome> for ServerMessage {
+    fn from(welcome: Welcome) -> Self {
+        Self {
+            welcome: Some(welcome),
+            ..Self::default()
+        }
+    }
+}
+
+impl From<Rejection> for ServerMessage {
+    fn from(rejection: Rejection) -> Self {
+        Self {
+            rejection: Some(rejection),
+            ..Self::default()
+        }
+    }
+}
+
 /// A message whose main content is frames: either direction's.
 pub trait Frames {
     /// Takes the frames out; kinds this version doesn't know are left out.

@@ -148,10 +148,7 @@ fn welcome(generation: u64, config: mux::Config) -> ServerMessage {
         max_exchanges: config.max_exchanges,
         capabilities: Vec::new(),
     };
-    ServerMessage {
-        welcome: Some(welcome),
-        ..ServerMessage::default()
-    }
+    ServerMessage::from(welcome)
 }
 
 const CONFIG: mux::Config = mux::Config {
@@ -169,10 +166,7 @@ impl Service {
         self.hellos.send(hello).await.unwrap();
         let count = self.count.fetch_add(1, Ordering::Relaxed);
         if let Err(rejection) = (self.policy)(count) {
-            let message = ServerMessage {
-                rejection: Some(rejection),
-                ..ServerMessage::default()
-            };
+            let message = ServerMessage::from(rejection);
             let _ = tunnel.send(&message).await;
             return;
         }

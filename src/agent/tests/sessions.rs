@@ -124,10 +124,7 @@ async fn a_replaced_agent_finishes_what_it_has_and_keeps_away() {
     tunnel.send(&ServerMessage::from(frames)).await.unwrap();
     let mut service = local.accept().await;
     service.head().await;
-    let message = ServerMessage {
-        rejection: Some(rejection(RejectionReason::Replaced, 0)),
-        ..ServerMessage::default()
-    };
+    let message = ServerMessage::from(rejection(RejectionReason::Replaced, 0));
     tunnel.send(&message).await.unwrap();
     // The answer after it; then the agent ends its side.
     let mut answered = false;
