@@ -19,8 +19,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::raw::{
-    Received, Recorder, Stand, ask, channel, latin1, lines_of, pattern, read_request,
-    read_to_close, send, settles, take,
+    Recorder, Stand, ask, channel, latin1, lines_of, pattern, read_request, read_to_close, send,
+    settles, take,
 };
 use common::{
     Answer, PATIENCE, Server, connect, eventually, get, port_range, read_answer, read_head,
@@ -303,13 +303,8 @@ fn a_body_that_is_too_large() {
     let (begun, started) = channel();
     let (ended, seen) = channel();
     let address = service(move |mut stream| {
-        if let Ok(head) = read_head(&mut stream) {
+        if let Ok(mut request) = common::raw::read_request_head(&mut stream) {
             let _ = begun.lock().unwrap().send(());
-            let mut request = Received {
-                head,
-                body: Vec::new(),
-                trailers: Vec::new(),
-            };
             let complete = common::raw::read_request_body(&mut stream, &mut request).is_ok();
             let _ = ended.lock().unwrap().send((request.line(), complete));
             if complete {

@@ -53,10 +53,7 @@ async fn reject(stream: TcpStream, retry_after: Duration) {
         detail: "this server speaks versions 7 to 8".into(),
         retry_after_ms: retry_after.as_millis().try_into().unwrap(),
     };
-    let message = ServerMessage {
-        rejection: Some(rejection),
-        ..ServerMessage::default()
-    };
+    let message = ServerMessage::from(rejection);
     tunnel.send(&message).await.unwrap();
     tunnel.finish().await;
 }
@@ -128,10 +125,7 @@ fn say_hello(tunnel: SocketAddr, hello: Hello) -> ServerMessage {
     let answer = on_runtime(async move {
         let stream = TcpStream::connect(tunnel).await.unwrap();
         let mut tunnel = Tunnel::client(stream, false, &tunnel.to_string());
-        let message = AgentMessage {
-            hello: Some(hello),
-            ..AgentMessage::default()
-        };
+        let message = AgentMessage::from(hello);
         tunnel.send(&message).await.unwrap();
         let answer = tunnel.message().await.unwrap();
         // Nothing else follows a rejection, and the call ends as it should.

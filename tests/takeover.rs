@@ -94,10 +94,7 @@ fn first_words(hello: Hello) -> Vec<u8> {
     runtime.block_on(async {
         let (ours, mut theirs) = tokio::io::duplex(1 << 16);
         let mut tunnel = Tunnel::client(ours, false, "server.test:9090");
-        let first = AgentMessage {
-            hello: Some(hello),
-            ..AgentMessage::default()
-        };
+        let first = AgentMessage::from(hello);
         tunnel.send(&first).await.unwrap();
         drop(tunnel);
         let mut said = Vec::new();

@@ -633,10 +633,7 @@ impl Foreign {
             runtime.block_on(async move {
                 let stream = tokio::net::TcpStream::connect(tunnel).await.unwrap();
                 let mut tunnel = Tunnel::client(stream, false, &tunnel.to_string());
-                let first = AgentMessage {
-                    hello: Some(hello),
-                    ..AgentMessage::default()
-                };
+                let first = AgentMessage::from(hello);
                 tunnel.send(&first).await.unwrap();
                 let first: ServerMessage = tunnel.message().await.unwrap();
                 let _ = welcomed.lock().unwrap().send(first.welcome.unwrap().port);

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use silo_proxy::net::raise_descriptor_limit;
 
-use crate::alone;
 use crate::common::bystander::Bystander;
 use crate::common::raw::settles;
 use crate::common::{Server, connect, eventually, get, have, pause, port_range, text_service};
+use crate::{Over, alone};
 
 /// Connections of each of slowhttptest's attacks.
 const SLOW: usize = 1000;
@@ -101,9 +101,8 @@ fn beside<T>(attackers: &[&(dyn Fn() + Sync)], during: impl FnOnce() -> T) -> T 
                 }
             });
         }
-        let result = during();
-        over.store(true, Ordering::Relaxed);
-        result
+        let _over = Over(&over);
+        during()
     })
 }
 

@@ -8,7 +8,8 @@ use std::time::Duration;
 use crate::alone;
 use crate::common::bystander::{Bystander, SignedVisitor, sign};
 use crate::common::raw::{
-    Received, is_silent, latin1, pattern, read_request_body, read_to_close, send, settles,
+    Received, is_silent, latin1, pattern, read_request_body, read_request_head, read_to_close,
+    send, settles,
 };
 use crate::common::{Answer, Server, port_range, read_answer, read_head, service};
 
@@ -159,12 +160,7 @@ fn an_early_413_reaches_its_visitor_however_he_uploads() {
 fn outspoken() -> SocketAddr {
     service(|mut stream| {
         let _ = stream.set_nodelay(true);
-        while let Ok(head) = read_head(&mut stream) {
-            let request = Received {
-                head,
-                body: Vec::new(),
-                trailers: Vec::new(),
-            };
+        while let Ok(request) = read_request_head(&mut stream) {
             if !matches!(speak(request, &mut stream), Ok(true)) {
                 return;
             }

@@ -7,10 +7,8 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use crate::common::bystander::{Bystander, SignedVisitor, p99, sign};
-use crate::common::raw::{Received, pattern, read_request_body, settles};
-use crate::common::{
-    Server, connect, get, pause, port_range, read_answer, read_head, request, service,
-};
+use crate::common::raw::{Received, pattern, read_request_body, read_request_head, settles};
+use crate::common::{Server, connect, get, pause, port_range, read_answer, request, service};
 use crate::{Over, alone};
 
 /// What the link carries a second, each way.
@@ -148,12 +146,7 @@ fn bulk_service() -> SocketAddr {
     let bulk = pattern(BULK);
     service(move |mut stream| {
         let _ = stream.set_nodelay(true);
-        while let Ok(head) = read_head(&mut stream) {
-            let request = Received {
-                head,
-                body: Vec::new(),
-                trailers: Vec::new(),
-            };
+        while let Ok(request) = read_request_head(&mut stream) {
             if answer(request, &bulk, &mut stream).is_err() {
                 return;
             }

@@ -11,7 +11,7 @@
 )]
 
 pub mod bystander;
-pub mod nginx;
+pub mod daemon;
 pub mod raw;
 pub mod relay;
 

@@ -65,14 +65,18 @@ pub fn latin1(bytes: &[u8]) -> String {
 
 /// Reads one request, whose framing has to be beyond doubt.
 pub fn read_request(stream: &mut impl Read) -> io::Result<Received> {
-    let head = super::read_head(stream)?;
-    let mut request = Received {
-        head,
-        body: Vec::new(),
-        trailers: Vec::new(),
-    };
+    let mut request = read_request_head(stream)?;
     read_request_body(stream, &mut request)?;
     Ok(request)
+}
+
+/// Reads the head of one request, whose body may follow.
+pub fn read_request_head(stream: &mut impl Read) -> io::Result<Received> {
+    Ok(Received {
+        head: super::read_head(stream)?,
+        body: Vec::new(),
+        trailers: Vec::new(),
+    })
 }
 
 /// Reads the body of a request whose head has been read.
@@ -146,6 +150,21 @@ impl Recorder {
     /// One that answers with 200 and a short body.
     pub fn new() -> Self {
         Self::answering("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    }
+
+    /// One that sends back what it gets, in the same framing.
+    pub fn echoing() -> Self {
+        Self::with(|request, stream| {
+            let head = "HTTP/1.1 200 OK\r\n";
+            if request.header("transfer-encoding").is_empty() {
+                let length = request.body.len();
+                write!(stream, "{head}Content-Length: {length}\r\n\r\n").is_ok()
+                    && stream.write_all(&request.body).is_ok()
+            } else {
+                write!(stream, "{head}Transfer-Encoding: chunked\r\n\r\n").is_ok()
+                    && stream.write_all(&chunked(&request.body)).is_ok()
+            }
+        })
     }
 
     /// One that lets `answer` write the answer; the connection is kept if that says so.

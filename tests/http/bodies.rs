@@ -11,24 +11,9 @@ use crate::common::{Server, read_answer, read_head, service};
 
 const BODY: usize = 5 * 1024 * 1024;
 
-/// A service that sends back what it gets, in the same framing.
-fn echo() -> Recorder {
-    Recorder::with(|request, stream| {
-        let head = "HTTP/1.1 200 OK\r\n";
-        if request.header("transfer-encoding").is_empty() {
-            let length = request.body.len();
-            write!(stream, "{head}Content-Length: {length}\r\n\r\n").is_ok()
-                && stream.write_all(&request.body).is_ok()
-        } else {
-            write!(stream, "{head}Transfer-Encoding: chunked\r\n\r\n").is_ok()
-                && stream.write_all(&chunked(&request.body)).is_ok()
-        }
-    })
-}
-
 #[test]
 fn large_bodies_arrive_whole_both_ways() {
-    let stand = Stand::of(echo());
+    let stand = Stand::of(Recorder::echoing());
     let body = pattern(BODY);
     for (line, bytes) in [
         (format!("Content-Length: {BODY}"), body.clone()),
@@ -59,7 +44,7 @@ fn large_bodies_arrive_whole_both_ways() {
 
 #[test]
 fn bodies_that_end_with_a_request_of_any_method_arrive() {
-    let stand = Stand::of(echo());
+    let stand = Stand::of(Recorder::echoing());
     for method in ["GET", "DELETE", "OPTIONS", "PATCH", "REPORT"] {
         for (line, bytes) in [
             ("Content-Length: 5", "hello"),

@@ -5,7 +5,8 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use crate::common::raw::{
-    Received, Recorder, Stand, channel, is_silent, latin1, read_request_body, send, take,
+    Received, Recorder, Stand, channel, is_silent, latin1, read_request_body, read_request_head,
+    send, take,
 };
 use crate::common::{Server, read_answer, read_head, service};
 
@@ -18,12 +19,7 @@ const CHUNKED_HEAD: &str =
 fn serving(serve: impl Fn(Received, TcpStream) + Send + Sync + 'static) -> std::net::SocketAddr {
     service(move |mut stream| {
         stream.set_nodelay(true).unwrap();
-        if let Ok(head) = read_head(&mut stream) {
-            let request = Received {
-                head,
-                body: Vec::new(),
-                trailers: Vec::new(),
-            };
+        if let Ok(request) = read_request_head(&mut stream) {
             serve(request, stream);
         }
     })

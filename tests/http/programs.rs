@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::common::nginx::Nginx;
+use crate::common::daemon::Daemon;
 use crate::common::raw::{Recorder, Stand, latin1, pattern};
 use crate::common::{Server, connect, curl, have, read_answer};
 
@@ -125,7 +125,7 @@ fn nginx_serves_files_through_the_tunnel() {
     if !have("nginx", "nginx-light") || !have("curl", "curl") {
         return;
     }
-    let nginx = Nginx::start(
+    let nginx = Daemon::nginx(
         "client_max_body_size 1m;\nabsolute_redirect off;\n\
          location /moved { return 302 /file; }\nlocation /gone { return 204; }",
     );
@@ -176,7 +176,7 @@ fn nginx_may_close_its_connections() {
         return;
     }
     for lines in ["keepalive_requests 3;", "keepalive_timeout 0;"] {
-        let nginx = Nginx::start(&format!("{lines}\nlocation / {{ return 200 served; }}"));
+        let nginx = Daemon::nginx(&format!("{lines}\nlocation / {{ return 200 served; }}"));
         let server = Server::start();
         let agent = server.agent("a", nginx.address);
         let mut visitor = connect(agent.address());
@@ -197,19 +197,11 @@ fn nginx_in_front_of_an_agents_port() {
         return;
     }
     let stand = Stand::with(
-        Recorder::with(|request, stream| {
-            let length = request.body.len();
-            write!(
-                stream,
-                "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n"
-            )
-            .is_ok()
-                && stream.write_all(&request.body).is_ok()
-        }),
+        Recorder::echoing(),
         &[("http.trusted_proxies", "127.0.0.1")],
         &[],
     );
-    let nginx = Nginx::start(&format!(
+    let nginx = Daemon::nginx(&format!(
         "client_max_body_size 0;\n\
          location / {{ proxy_pass http://{};\nproxy_set_header Host $http_host;\n\
          proxy_set_header X-Forwarded-For 203.0.113.9;\n\

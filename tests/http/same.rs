@@ -5,13 +5,13 @@ use std::fs;
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 
-use crate::common::nginx::Nginx;
+use crate::common::daemon::Daemon;
 use crate::common::raw::{latin1, pattern};
 use crate::common::{Agent, Server, have, port_range};
 
 /// nginx, a tunnel to it, and what curl needs.
 struct Stage {
-    nginx: Nginx,
+    nginx: Daemon,
     /// Where nginx itself speaks HTTP/2.
     http2: SocketAddr,
     agent: Agent,
@@ -30,7 +30,7 @@ impl Stage {
         let large: String = (0..20)
             .map(|number| format!("add_header X-Large-{number} {};\n", "x".repeat(2_000)))
             .collect();
-        let nginx = Nginx::start(&format!(
+        let nginx = Daemon::nginx(&format!(
             "listen {http2} http2;\n\
              default_type text/plain;\nif_modified_since before;\n\
              absolute_redirect off;\nclient_max_body_size 4m;\n\

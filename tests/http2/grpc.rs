@@ -1,7 +1,6 @@
 //! gRPC through the tunnel is what it is without it: the cases of the interoperability tests, by
 //! tonic and, where it is installed, Python's grpcio as clients and servers, each done directly and through a visitor's port.
 
-use std::convert::Infallible;
 use std::fmt::Debug;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -17,7 +16,6 @@ use http::uri::PathAndQuery;
 use hyper::body::Incoming;
 use hyper::client::conn::http2::SendRequest;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tonic::body::Body;
@@ -31,7 +29,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use crate::client::{Client, run};
 use crate::common::raw::{pattern, settles};
 use crate::common::{Agent, Server, port_range};
-use crate::service::listen;
+use crate::service::{listen, serve};
 
 /// A message is its bytes.
 #[derive(Clone, Copy, Default)]
@@ -224,28 +222,17 @@ impl StreamingService<Vec<u8>> for PingPong {
     }
 }
 
-impl tower_service::Service<http::Request<Incoming>> for Test {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<'static, Result<http::Response<Body>, Infallible>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Incoming>) -> Self::Future {
-        let test = self.clone();
-        Box::pin(async move {
-            let mut grpc = tonic::server::Grpc::new(Raw)
-                .apply_max_message_size_config(Some(1 << 24), Some(1 << 24));
-            Ok(match request.uri().path() {
-                "/test.Test/Unary" => grpc.unary(Unary(test), request).await,
-                "/test.Test/Collect" => grpc.client_streaming(Collect(test), request).await,
-                "/test.Test/Scatter" => grpc.server_streaming(Scatter, request).await,
-                "/test.Test/PingPong" => grpc.streaming(PingPong(test), request).await,
-                path => Status::unimplemented(format!("no {path}")).into_http(),
-            })
-        })
+impl Test {
+    async fn answer(self, request: http::Request<Incoming>) -> http::Response<Body> {
+        let mut grpc = tonic::server::Grpc::new(Raw)
+            .apply_max_message_size_config(Some(1 << 24), Some(1 << 24));
+        match request.uri().path() {
+            "/test.Test/Unary" => grpc.unary(Unary(self), request).await,
+            "/test.Test/Collect" => grpc.client_streaming(Collect(self), request).await,
+            "/test.Test/Scatter" => grpc.server_streaming(Scatter, request).await,
+            "/test.Test/PingPong" => grpc.streaming(PingPong(self), request).await,
+            path => Status::unimplemented(format!("no {path}")).into_http(),
+        }
     }
 }
 
@@ -253,11 +240,10 @@ impl tower_service::Service<http::Request<Incoming>> for Test {
 fn service() -> (SocketAddr, mpsc::Receiver<Instant>) {
     let (cancelled, calls) = mpsc::channel(64);
     let address = listen(move |_, stream| {
-        let test = TowerToHyperService::new(Test {
+        let test = Test {
             cancelled: cancelled.clone(),
-        });
-        let http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-        tokio::spawn(http.serve_connection(TokioIo::new(stream), test));
+        };
+        serve(stream, move |request| test.clone().answer(request));
     });
     (address, calls)
 }

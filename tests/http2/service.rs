@@ -1,8 +1,28 @@
 //! Where services of the tests listen.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::{TcpListener, TcpStream};
+use tonic::body::Body;
+
+/// Answers the requests of a connection by HTTP/2, on a task of its own.
+pub fn serve<F>(stream: TcpStream, answer: impl Fn(Request<Incoming>) -> F + Send + 'static)
+where
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    let service = service_fn(move |request| {
+        let answered = answer(request);
+        async move { Ok::<_, Infallible>(answered.await) }
+    });
+    let http = http2::Builder::new(TokioExecutor::new());
+    tokio::spawn(http.serve_connection(TokioIo::new(stream), service));
+}
 
 /// Listens on a thread of its own, and hands out each connection with its number, in order. Tasks
 /// may be spawned there.

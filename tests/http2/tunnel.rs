@@ -1,25 +1,18 @@
 //! The tunnel is a gRPC call like any other: proxies of other makes carry it from the agent to the
 //! server.
 
-use std::convert::Infallible;
-use std::io::Write;
 use std::net::SocketAddr;
-use std::task::{Context, Poll};
 
 use futures_util::future::BoxFuture;
 use futures_util::{StreamExt, stream};
-use hyper::body::Incoming;
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use hyper_util::service::TowerToHyperService;
-use tonic::body::Body;
 use tonic::server::StreamingService;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::common::nginx::Nginx;
+use crate::common::daemon::Daemon;
 use crate::common::raw::{Recorder, pattern};
 use crate::common::{Server, get, have, port_range, request};
 use crate::grpc::{Channel, Messages, Raw};
-use crate::service::listen;
+use crate::service::{listen, serve};
 
 /// The one method there is.
 const METHOD: &str = "/silo.tunnel.v1.Tunnel/Connect";
@@ -55,38 +48,10 @@ impl StreamingService<Vec<u8>> for Proxy {
     }
 }
 
-impl tower_service::Service<http::Request<Incoming>> for Proxy {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<'static, Result<http::Response<Body>, Infallible>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Incoming>) -> Self::Future {
-        let proxy = *self;
-        Box::pin(async move {
-            assert_eq!(request.uri().path(), METHOD);
-            Ok(tonic::server::Grpc::new(Raw)
-                .streaming(proxy, request)
-                .await)
-        })
-    }
-}
-
 /// What passes when the agent reaches the server by way of `proxy`: small and large, one after the
 /// other and at once; and both sides hear of the other's end.
 fn carries_a_tunnel(server: Server, proxy: SocketAddr) {
-    let service = Recorder::with(|request, stream| {
-        let length = request.body.len();
-        write!(
-            stream,
-            "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n"
-        )
-        .is_ok()
-            && stream.write_all(&request.body).is_ok()
-    });
+    let service = Recorder::echoing();
     let through = [("grpc.server_address", &*proxy.to_string())];
     let mut agent = server.agent_with("behind-a-proxy", service.address, &through);
     let address = agent.address();
@@ -117,9 +82,12 @@ fn a_proxy_made_of_tonic_carries_a_tunnel() {
     let server = Server::with(port_range(4), &[]);
     let proxy = Proxy(server.tunnel);
     let address = listen(move |_, stream| {
-        let http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-        let service = TowerToHyperService::new(proxy);
-        tokio::spawn(http.serve_connection(TokioIo::new(stream), service));
+        serve(stream, move |request| async move {
+            assert_eq!(request.uri().path(), METHOD);
+            tonic::server::Grpc::new(Raw)
+                .streaming(proxy, request)
+                .await
+        });
     });
     carries_a_tunnel(server, address);
 }
@@ -131,7 +99,7 @@ fn nginx_carries_a_tunnel() {
     }
     let server = Server::with(port_range(4), &[]);
     let address = SocketAddr::from(([127, 0, 0, 1], *port_range(1).start()));
-    let _nginx = Nginx::start(&format!(
+    let _nginx = Daemon::nginx(&format!(
         "listen {address} http2;\nclient_max_body_size 0;\n\
          location / {{ grpc_pass grpc://{}; }}",
         server.tunnel

@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use crate::common::bystander::sum;
 use crate::common::raw::latin1;
 use crate::common::service;
 
@@ -94,13 +95,6 @@ fn serve(stream: TcpStream, records: &Mutex<Vec<Record>>, count: &AtomicU64) {
             return;
         }
     }
-}
-
-/// FNV-1a.
-fn sum(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
-        (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }
 
 enum Fault {
