@@ -13,7 +13,7 @@ pub(super) type Field = (Vec<u8>, Vec<u8>);
 
 /// The size that a dynamic table has unless the other side is told otherwise, and its most
 /// (RFC 9113, section 6.5.2).
-const TABLE_SIZE: usize = 4096;
+pub(super) const TABLE_SIZE: usize = 4096;
 
 /// What a field counts beyond its bytes (RFC 7541, section 4.1).
 const FIELD_OVERHEAD: usize = 32;
@@ -122,6 +122,11 @@ impl Table {
 
 fn size_of_field((name, value): &Field) -> usize {
     name.len() + value.len() + FIELD_OVERHEAD
+}
+
+/// Begins a block by saying that no table is used (section 6.3).
+pub(super) fn encode_empty_table(out: &mut BytesMut) {
+    out.put_u8(0x20);
 }
 
 /// Appends a field, in plain bytes and without a reference to any table.

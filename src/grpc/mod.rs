@@ -270,6 +270,8 @@ pub struct Connection {
     peer_max_frame: usize,
     /// What streams begin with, as the peer has set it.
     peer_first_window: i64,
+    /// Whether the peer is still to hear that its smaller table for header lists is kept to.
+    table_is_smaller: bool,
     /// What may be sent.
     stream_window: i64,
     connection_window: i64,
@@ -381,6 +383,7 @@ impl Connection {
             waiting: BytesMut::new(),
             peer_max_frame: SMALL_FRAME,
             peer_first_window: FIRST_WINDOW.into(),
+            table_is_smaller: false,
             stream_window: FIRST_WINDOW.into(),
             connection_window: FIRST_WINDOW.into(),
             received: Received::default(),
@@ -418,6 +421,11 @@ impl Connection {
             && !self.ended
             && !self.ending
             && self.stream != 0
+    }
+
+    /// Whether some of what was sent waits for a window.
+    pub fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
     }
 
     /// Sends a message of `length` bytes, which `write` appends. Ask
@@ -593,8 +601,12 @@ impl Connection {
         Ok(None)
     }
 
-    /// The peer's side has ended without a word about it: as a client's does.
+    /// The peer's side has ended without a word about it: as a client's does, and a server's must
+    /// not.
     fn over(&mut self) -> Result<Event, Error> {
+        if self.role == Role::Client {
+            return Err(broken(NO_STATUS));
+        }
         if self.message.prefixed > 0 {
             return Err(broken("the stream ends within a message"));
         }
@@ -739,13 +751,14 @@ impl Connection {
                 return Ok(Some(Event::End(status)));
             }
             if self.peer == Progress::Open {
-                return Err(broken("an end without a gRPC status"));
+                return Err(broken(NO_STATUS));
             }
         } else if self.peer == Progress::Open {
             return Err(broken("trailers that don't end the stream"));
         }
         let status: u16 = number(&fields, ":status").ok_or(broken("an answer without a status"))?;
         match status {
+            100..=200 if block.ends_stream => return Err(broken(NO_STATUS)),
             100..=199 => {}
             200 => self.peer = Progress::Open,
             other => return Err(Error::Http(other)),
@@ -777,6 +790,10 @@ impl Connection {
                     if window > LARGEST_WINDOW || self.stream_window > LARGEST_WINDOW {
                         return Err(window_overflow());
                     }
+                }
+                // Nothing that is sent refers to it, but a smaller one has to be acknowledged.
+                setting::HEADER_TABLE_SIZE => {
+                    self.table_is_smaller |= (value as usize) < hpack::TABLE_SIZE;
                 }
                 setting::MAX_FRAME_SIZE => {
                     self.peer_max_frame = value as usize;
@@ -960,6 +977,9 @@ impl Connection {
 
     fn put_headers(&mut self, ends_stream: bool, fields: &[(&str, &str)]) {
         let mut block = BytesMut::new();
+        if std::mem::take(&mut self.table_is_smaller) {
+            hpack::encode_empty_table(&mut block);
+        }
         for (name, value) in fields {
             hpack::encode(&mut block, name, value);
         }
@@ -998,6 +1018,8 @@ fn number<T: FromStr>(fields: &[hpack::Field], name: &str) -> Option<T> {
 /// What a server's answer begins with.
 const OK: (&str, &str) = (":status", "200");
 const GRPC: (&str, &str) = ("content-type", "application/grpc");
+
+const NO_STATUS: &str = "an end without a gRPC status";
 
 const fn window_overflow() -> Error {
     Error::Broken {

@@ -258,6 +258,24 @@ fn the_peers_windows_are_kept() {
     assert!(server.takes_message());
 }
 
+/// RFC 9113, section 4.3.1: who has made the table smaller expects to hear of it.
+#[test]
+fn a_smaller_table_is_acknowledged_in_the_next_header_list() {
+    for (size, update) in [(0_u32, true), (4095, true), (4096, false), (1 << 20, false)] {
+        let mut server = server();
+        let setting = [&[0, 1][..], &size.to_be_bytes()].concat();
+        let opening = [PREFACE, &frame(kind::SETTINGS, 0, 0, &setting)].concat();
+        feed(&mut server, &[opening, headers(0, 1, CALL)].concat()).unwrap();
+        let (kind, _, _, answer) = written(&mut server).pop().unwrap();
+        assert_eq!(kind, kind::HEADERS);
+        assert_eq!(answer[0] == 0x20, update, "{size}");
+        // Once.
+        server.end();
+        let (_, _, _, trailers) = written(&mut server).pop().unwrap();
+        assert_ne!(trailers[0], 0x20);
+    }
+}
+
 #[test]
 fn credit_is_given_back_before_a_window_is_empty() {
     let (mut client, mut server) = connected();
@@ -592,6 +610,15 @@ fn a_client_understands_what_a_server_or_a_proxy_says() {
             "an end that says nothing",
             vec![ok(), headers(1, 1, &[("a", "b")])],
         ),
+        (
+            "a head that ends without a word",
+            vec![headers(1, 1, &[OK, GRPC])],
+        ),
+        (
+            "an early hint that ends",
+            vec![headers(1, 1, &[(":status", "103")])],
+        ),
+        ("data that ends", vec![ok(), frame(kind::DATA, 1, 1, &[])]),
         ("data before the head", vec![frame(kind::DATA, 0, 1, b"x")]),
         ("no status", vec![headers(0, 1, &[GRPC])]),
         ("a stream of its own", vec![headers(0, 3, &[OK])]),

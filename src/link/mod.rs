@@ -197,6 +197,12 @@ impl Link {
         self.act(|session| session.handle_timeout(self.now()))
     }
 
+    /// Notes a sign of life that is no message.
+    fn heard(&self) {
+        let now = self.now();
+        self.lock().session.heard(now);
+    }
+
     fn receive(&self, message: impl Frames) -> Result<Received, Ended> {
         let now = self.now();
         let mut frames = 0;

@@ -145,10 +145,10 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Tunnel<T> {
         poll_fn(|cx| {
             loop {
                 ready!(self.poll_flush(cx))?;
-                if sent {
+                if sent && !self.call.is_waiting() {
                     return Poll::Ready(Ok(()));
                 }
-                if self.call.takes_message() {
+                if !sent && self.call.takes_message() {
                     self.put(message);
                     sent = true;
                     continue;
@@ -197,9 +197,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Tunnel<T> {
             if link.poll_closed(cx).is_ready() {
                 return Poll::Ready(Ended::ClosedHere);
             }
-            if let Poll::Ready(ended) = poll_time(link, timer.as_mut(), cx) {
-                return Poll::Ready(ended);
-            }
             loop {
                 // What has come first: it may have to be answered.
                 let filled = std::mem::take(&mut unread)
@@ -215,7 +212,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Tunnel<T> {
                     return Poll::Ready(ended);
                 }
                 if !filled {
-                    return Poll::Pending;
+                    // Last: where this process was stopped for a while, what came meanwhile counts.
+                    return poll_time(link, timer.as_mut(), cx);
                 }
             }
         })
@@ -229,7 +227,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Tunnel<T> {
         round_trip: &mut Option<Duration>,
         cx: &mut Context<'_>,
     ) -> Result<(), Ended> {
+        let mut is_whole = false;
         while let Some(event) = self.take(cx)? {
+            is_whole = true;
             let message = match event {
                 Event::Message(message) => message,
                 Event::End(Status { code: 0, .. }) => return Err(Ended::Closed),
@@ -248,6 +248,10 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Tunnel<T> {
                 *round_trip = received.round_trip;
                 observer.round_trip(measured);
             }
+        }
+        if !is_whole {
+            // A part of a message, or a frame below them, is a sign of life too.
+            link.heard();
         }
         Ok(())
     }
@@ -356,7 +360,7 @@ fn poll_time(link: &Link, mut timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> P
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{DuplexStream, duplex};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
     use tokio::time::timeout;
 
     use super::*;
@@ -456,6 +460,75 @@ mod tests {
         assert_eq!(noted, Some(Rejection::default()));
     }
 
+    /// A tunnel at a server, and the raw end of a client whose streams begin with this window.
+    async fn called(window: u8) -> (Tunnel<DuplexStream>, DuplexStream) {
+        let (mut ours, theirs) = duplex(1 << 16);
+        let path = wire::METHOD.as_bytes();
+        let mut block = vec![0x83, 0x86, 0x04, path.len() as u8];
+        block.extend(path);
+        block.extend(b"\x0f\x10\x10application/grpc");
+        let mut said = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        said.extend([0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, window]);
+        said.extend([0, 0, block.len() as u8, 1, 4, 0, 0, 0, 1]);
+        said.extend(block);
+        ours.write_all(&said).await.unwrap();
+        let mut server = Tunnel::server(theirs);
+        let call = server.next().await.unwrap();
+        assert!(matches!(call, Event::Call { .. }), "{call:?}");
+        (server, ours)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_last_word_is_said_when_its_window_has_taken_all_of_it() {
+        let (mut server, mut client) = called(20).await;
+        let last = ServerMessage::from(Rejection::default());
+        let mut said = pin!(server.send(&last));
+        let early = timeout(Duration::from_secs(1), said.as_mut()).await;
+        assert!(early.is_err(), "{early:?}");
+        let window_update = b"\0\0\x04\x08\0\0\0\0\x01\0\0\x04\0";
+        client.write_all(window_update).await.unwrap();
+        said.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn any_byte_is_a_sign_of_life() {
+        let (mut agent, server) = call(1 << 16).await;
+        let Tunnel { mut io, .. } = server;
+        let link = link();
+        let since = tokio::time::Instant::now();
+        let drip = async {
+            // A frame with a message that takes longer than a tunnel may be silent.
+            io.write_all(b"\x01\0\0\0\0\0\0\0\x01\0\0\0\xff\xfb")
+                .await
+                .unwrap();
+            for _ in 0..10 {
+                tokio::time::sleep(CONFIG.heartbeat_interval).await;
+                io.write_all(b"x").await.unwrap();
+            }
+            std::future::pending().await
+        };
+        let (ended, _) = tokio::select! {
+            driven = drive(&mut agent, &link) => driven,
+            never = drip => never,
+        };
+        let silent = since.elapsed() - 10 * CONFIG.heartbeat_interval;
+        assert!(matches!(ended, Ended::Session(_)), "{ended}");
+        assert!(silent >= CONFIG.heartbeat_timeout, "{ended}");
+        assert!(silent < CONFIG.heartbeat_timeout + CONFIG.heartbeat_interval);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_has_come_counts_before_the_time_does() {
+        let (mut agent, mut server) = call(1 << 16).await;
+        let link = link();
+        let ping = ServerMessage::from(vec![Frame::Ping { nonce: 1 }]);
+        server.send(&ping).await.unwrap();
+        // The process was stopped meanwhile.
+        tokio::time::advance(2 * CONFIG.heartbeat_timeout).await;
+        let driven = timeout(Duration::from_secs(1), drive(&mut agent, &link)).await;
+        assert!(driven.is_err(), "{driven:?}");
+    }
+
     #[tokio::test]
     async fn a_frame_that_is_only_announced_gets_little_room() {
         let (mut agent, server) = call(1 << 16).await;
@@ -463,9 +536,7 @@ mod tests {
         // Data of 128 KiB, of which the first byte comes.
         let head = b"\x02\0\0\0\0\0\0\0\x01x";
         for byte in head.chunks(1) {
-            tokio::io::AsyncWriteExt::write_all(&mut io, byte)
-                .await
-                .unwrap();
+            io.write_all(byte).await.unwrap();
             let driven = timeout(Duration::from_millis(1), agent.next()).await;
             assert!(driven.is_err(), "{driven:?}");
         }
@@ -477,16 +548,12 @@ mod tests {
         let (mut agent, server) = call(1 << 16).await;
         let Tunnel { mut io, .. } = server;
         let ping_on_a_stream = b"\0\0\x08\x06\0\0\0\0\x0112345678";
-        tokio::io::AsyncWriteExt::write_all(&mut io, ping_on_a_stream)
-            .await
-            .unwrap();
+        io.write_all(ping_on_a_stream).await.unwrap();
         let ended = drive(&mut agent, &link()).await.0.to_string();
         assert!(ended.contains("a ping on a stream"), "{ended}");
         drop(agent);
         let mut told = Vec::new();
-        tokio::io::AsyncReadExt::read_to_end(&mut io, &mut told)
-            .await
-            .unwrap();
+        io.read_to_end(&mut told).await.unwrap();
         // A GOAWAY frame with PROTOCOL_ERROR.
         assert!(told.ends_with(&[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]));
     }

@@ -731,7 +731,7 @@ impl Session {
         }
     }
 
-    /// Notes a sign of life that carries no frame this version knows.
+    /// Notes a sign of life that carries no frame, or none this version knows.
     pub fn heard(&mut self, now: Duration) {
         self.heartbeat.last_heard = now;
     }
