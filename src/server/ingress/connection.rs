@@ -412,6 +412,9 @@ pub(super) async fn linger(stream: &TcpStream) -> bool {
         // Not in the task itself, which every connection has.
         let mut nowhere = vec![0; 16 * 1024];
         loop {
+            // Neither of the two below ever gives way to others, nor to the limit of time, as long as
+            // there is something to read.
+            tokio::task::coop::consume_budget().await;
             stream.readable().await?;
             match stream.try_read(&mut nowhere) {
                 Ok(0) => return io::Result::Ok(()),
