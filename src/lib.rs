@@ -38,7 +38,8 @@
 //! 3. The exchange takes a slot in the session's slab; slab key and generation name it on the wire.
 //!    Its head waits for its turn in the session ([`mux::Session`]).
 //! 4. The tunnel's task ([`link::Tunnel`]) is woken. It takes whatever is ready, from all
-//!    exchanges, as one batch ([`mux::Session::transmit`]); [`wire`] makes a gRPC message of it, and [`grpc`] a frame.
+//!    exchanges, as one batch ([`mux::Session::transmit`]); [`wire`] makes a gRPC message of it, and
+//!    [`grpc`] a frame.
 //! 5. The agent's end does the same in reverse: its receiver finds the exchange, wakes the task of
 //!    a service connection that is idle (or a new one), and that sends the request to the service.
 //! 6. The answer comes back the same way: a small one as a single frame with head, body and end.
