@@ -503,7 +503,7 @@ mod tests {
     use crate::id::Generation;
     use crate::metrics::{AgentStats, Metrics};
     use crate::server::admin::{Admin, AdminState, Readiness};
-    use crate::server::directory::{Directory, Row, RowState};
+    use crate::server::directory::{Directory, Row, RowState, RowText};
 
     #[test]
     fn the_table_is_aligned() {
@@ -658,6 +658,7 @@ of-an-old-server  8102  -                          -            -          -    
                 labels: BTreeMap::new(),
                 public_url: "http://\"quoted\"".into(),
                 stats: AgentStats::new(UNIX_EPOCH),
+                text: RowText::default(),
             })
         });
         rows.for_each(|row| directory.add(row));

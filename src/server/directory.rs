@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Notify, watch};
@@ -44,6 +44,27 @@ pub struct Row {
     pub public_url: String,
     /// The live figures.
     pub stats: Arc<AgentStats>,
+    /// What answers say of all but the live figures.
+    pub text: RowText,
+}
+
+/// The part of an answer that tells a row without its live figures, kept from the first answer
+/// on: of a poll of 8,000 agents it was most of the work. A copy of a row is there to be changed,
+/// and begins without.
+#[derive(Debug, Default)]
+pub struct RowText(OnceLock<Box<[u8]>>);
+
+impl RowText {
+    /// The text, written by `write` if this is the first time.
+    pub fn get_or_write(&self, write: impl FnOnce() -> Box<[u8]>) -> &[u8] {
+        self.0.get_or_init(write)
+    }
+}
+
+impl Clone for RowText {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
 }
 
 /// Whether a port has a session behind it.
@@ -243,6 +264,7 @@ mod tests {
             labels: BTreeMap::new(),
             public_url: String::new(),
             stats: AgentStats::new(UNIX_EPOCH),
+            text: RowText::default(),
         })
     }
 

@@ -17,7 +17,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::directory::{Directory, Row, RowState};
+use super::directory::{Directory, Row, RowState, RowText};
 use super::rivals::{Instance, Newcomer, Rivals};
 use super::session::Session;
 use super::state_file::{Memory, Moment, Signal};
@@ -572,6 +572,7 @@ impl Registry {
             labels: applicant.labels,
             public_url: public_url.clone(),
             stats: tenancy.stats.clone(),
+            text: RowText::default(),
         });
         match is_listed {
             true => self.directory.replace(row.clone()),
@@ -616,6 +617,7 @@ impl Registry {
             labels: BTreeMap::new(),
             public_url: format!("http://{host}:{port}/"),
             stats,
+            text: RowText::default(),
         });
         let member = Member {
             tenancy,

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use http_body::Frame;
 use serde::{Serialize, Serializer};
 
-use crate::metrics::Gauge;
+use crate::metrics::{AgentStats, Gauge};
 use crate::server::directory::{Row, Snapshot};
 
 /// How many rows make a piece of the list: of some 400 bytes each, about what is buffered ahead of
@@ -77,7 +77,7 @@ impl AgentList {
             if index > 0 {
                 piece.push(b',');
             }
-            serde_json::to_writer(&mut piece, &Agent(row))?;
+            write_agent(&mut piece, row)?;
         }
         if end == rows.len() {
             piece.extend_from_slice(br#"],"count":"#);
@@ -154,51 +154,80 @@ impl SharedPieces {
     }
 }
 
-/// A row as `GET /agents` shows it, with the live figures of the moment it is written.
-pub(super) struct Agent<'a>(pub(super) &'a Row);
+/// A row as `GET /agents/{id}` shows it, with the live figures of this moment.
+pub(super) fn agent(row: &Row) -> serde_json::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    write_agent(&mut text, row)?;
+    Ok(text)
+}
 
-impl Serialize for Agent<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        #[derive(Serialize)]
-        struct Shown<'a> {
-            agent_id: &'a str,
-            port: u16,
-            last_seen: Timestamp,
-            url: &'a str,
-            state: &'static str,
-            generation: u64,
-            peer: Option<SocketAddr>,
-            connected_at: Timestamp,
-            requests: u64,
-            exchanges: u64,
-            connections: u64,
-            bytes_in: u64,
-            bytes_out: u64,
-            rtt_ms: Option<f64>,
-            version: &'a str,
-            labels: &'a BTreeMap<String, String>,
-        }
-        let Self(row) = self;
-        let stats = &row.stats;
-        Shown {
+/// Writes one JSON object out of two: what the row says, which is kept, and its live figures.
+fn write_agent(text: &mut Vec<u8>, row: &Row) -> serde_json::Result<()> {
+    text.extend_from_slice(kept_text(row));
+    // The first object's end and the second one's beginning become a comma.
+    text.pop();
+    let live = text.len();
+    serde_json::to_writer(&mut *text, &Live::of(&row.stats))?;
+    text[live] = b',';
+    Ok(())
+}
+
+fn kept_text(row: &Row) -> &[u8] {
+    row.text.get_or_write(|| {
+        let kept = Kept {
             agent_id: row.agent_id.as_str(),
             port: row.port,
-            last_seen: Timestamp::from_ms(stats.last_seen_ms()),
             url: &row.public_url,
             state: row.state.as_str(),
             generation: row.generation.0,
             peer: row.peer,
             connected_at: Timestamp::from_time(row.connected_at),
+            version: &row.version,
+            labels: &row.labels,
+        };
+        serde_json::to_vec(&kept)
+            .expect("nothing in it can fail")
+            .into()
+    })
+}
+
+/// What a row says for as long as it is listed.
+#[derive(Serialize)]
+struct Kept<'a> {
+    agent_id: &'a str,
+    port: u16,
+    url: &'a str,
+    state: &'static str,
+    generation: u64,
+    peer: Option<SocketAddr>,
+    connected_at: Timestamp,
+    version: &'a str,
+    labels: &'a BTreeMap<String, String>,
+}
+
+/// The figures that move.
+#[derive(Serialize)]
+struct Live {
+    last_seen: Timestamp,
+    requests: u64,
+    exchanges: u64,
+    connections: u64,
+    bytes_in: u64,
+    bytes_out: u64,
+    rtt_ms: Option<f64>,
+}
+
+impl Live {
+    fn of(stats: &AgentStats) -> Self {
+        Self {
+            last_seen: Timestamp::from_ms(stats.last_seen_ms()),
             requests: stats.requests.get(),
             exchanges: level(&stats.exchanges_open),
             connections: level(&stats.connections_open),
             bytes_in: stats.bytes_in.get(),
             bytes_out: stats.bytes_out.get(),
             rtt_ms: stats.rtt().map(|rtt| rtt.as_micros() as f64 / 1000.0),
-            version: &row.version,
-            labels: &row.labels,
         }
-        .serialize(serializer)
     }
 }
 

@@ -40,7 +40,7 @@ use serde::Serialize;
 
 use self::access::{check_host, check_key};
 use self::etag::Tag;
-use self::list::{Agent, AgentList, SharedPieces};
+use self::list::{AgentList, SharedPieces};
 use self::listener::{LIMITS, Limits, accept, set_up};
 pub use self::readiness::{Readiness, ReadyState, Step};
 use crate::auth::ApiKey;
@@ -277,7 +277,7 @@ async fn agent(
         return problem(StatusCode::BAD_REQUEST, "this is no agent id");
     };
     match context.state.directory.read().get(id.as_str()) {
-        Some(row) => rendered(StatusCode::OK, serde_json::to_vec(&Agent(row))),
+        Some(row) => rendered(StatusCode::OK, list::agent(row)),
         None => problem(StatusCode::NOT_FOUND, "no agent of this id is here"),
     }
 }

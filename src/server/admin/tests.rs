@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
 use crate::id::{Generation, Secret};
-use crate::server::directory::{AgentStats, Row, RowState, Snapshot};
+use crate::server::directory::{AgentStats, Row, RowState, RowText, Snapshot};
 
 const KEY: &str = "correct horse";
 
@@ -150,6 +150,7 @@ fn row(id: &str, port: u16) -> Row {
         labels: BTreeMap::from([("site".into(), "Zürich \"1\"".into())]),
         public_url: format!("http://proxy.example:{port}"),
         stats: AgentStats::new(UNIX_EPOCH + Duration::from_millis(1_700_000_001_234)),
+        text: RowText::default(),
     }
 }
 
