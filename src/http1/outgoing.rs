@@ -57,7 +57,8 @@ impl Outgoing {
         let mut slices = [IoSlice::new(&[]); PARTS];
         let waiting = self.parts.iter().map(|part| &part[..]);
         let mut count = 0;
-        for (slice, part) in slices.iter_mut().zip(waiting.chain([&self.text[..]])) {
+        let text = Some(&self.text[..]).filter(|text| !text.is_empty());
+        for (slice, part) in slices.iter_mut().zip(waiting.chain(text)) {
             *slice = IoSlice::new(part);
             count += 1;
         }

@@ -127,7 +127,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Tunnel<T> {
         poll_fn(|cx| {
             loop {
                 match self.poll_fill(cx) {
-                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Ok(_)) => {}
                     Poll::Ready(Err(_)) => return Poll::Ready(true),
                     Poll::Pending => return Poll::Ready(false),
                 }
@@ -199,21 +199,32 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Tunnel<T> {
             }
             loop {
                 // What has come first: it may have to be answered.
-                let filled = std::mem::take(&mut unread)
-                    || match self.poll_fill(cx) {
+                let filled = match std::mem::take(&mut unread) {
+                    true => Some(0),
+                    false => match self.poll_fill(cx) {
+                        Poll::Ready(Ok(read)) => Some(read),
                         Poll::Ready(Err(error)) => return Poll::Ready(error.into()),
-                        filled => filled.is_ready(),
-                    };
-                if filled && let Err(ended) = self.receive::<I>(link, observer, &mut round_trip, cx)
+                        Poll::Pending => None,
+                    },
+                };
+                if filled.is_some()
+                    && let Err(ended) = self.receive::<I>(link, observer, &mut round_trip, cx)
                 {
                     return Poll::Ready(ended);
                 }
                 if let Err(ended) = self.transmit::<O>(link, observer, cx) {
                     return Poll::Ready(ended);
                 }
-                if !filled {
+                match filled {
                     // Last: where this process was stopped for a while, what came meanwhile counts.
-                    return poll_time(link, timer.as_mut(), cx);
+                    None => return poll_time(link, timer.as_mut(), cx),
+                    Some(LARGE_READ..) => {
+                        // Those who read it have their turn while it is in the processor's cache,
+                        // and its room can be used again.
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
+                    Some(_) => {}
                 }
             }
         })
@@ -298,8 +309,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Tunnel<T> {
         })
     }
 
-    /// Reads more; an error at the end of what the peer sends.
-    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+    /// Reads more, how much is the result; an error at the end of what the peer sends.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Error>> {
         let room;
         let read = if self.read_size == SMALL_READ && self.input.is_empty() {
             room = SMALL_READ;
@@ -325,7 +336,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Tunnel<T> {
             _ if read < SMALL_READ => SMALL_READ,
             _ => self.read_size.max(MEDIUM_READ),
         };
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(read))
     }
 
     /// Writes what there is to write.
