@@ -700,6 +700,30 @@ fn an_endless_handshake_is_ended() {
     server.process.wait_for(&["handshake failed", "tls"]);
 }
 
+/// A process that is killed says nothing more, by TLS neither: that breaks no rule of the protocol.
+#[test]
+fn who_goes_without_a_last_word_has_closed() {
+    let authority = Authority::new("one");
+    let server = authority.server(&[]);
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(authority.issuer.der().clone()).unwrap();
+    let mut client = rustls::ClientConfig::builder()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    client.alpn_protocols = vec![b"h2".to_vec()];
+    let name = "127.0.0.1".try_into().unwrap();
+    let mut connection = rustls::ClientConnection::new(client.into(), name).unwrap();
+    let mut socket = connect(server.tunnel);
+    let mut tls = rustls::Stream::new(&mut connection, &mut socket);
+    tls.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
+    drop(socket);
+    let failed = |reason| server.metric("silo_handshakes_failed_total", reason);
+    eventually(PATIENCE, "it is counted", || {
+        failed("reason=\"closed\"") == 1.0
+    });
+    assert_eq!(failed("reason=\"protocol\""), 0.0);
+}
+
 #[test]
 fn new_certificates_are_taken_while_tunnels_run() {
     let (old, new) = (Authority::new("old"), Authority::new("new"));

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -168,8 +169,13 @@ impl Welcomed {
         let welcomed = {
             let welcome = ServerMessage::from(welcome);
             tokio::select! {
+                // Whoever waited long for a port is welcome even if no time is left.
+                biased;
                 welcomed = tunnel.send(&welcome) => welcomed.map_err(Ended::from),
-                () = deadline => Err(Ended::Closed),
+                () = deadline => {
+                    let late = io::Error::new(io::ErrorKind::TimedOut, "it didn't take its welcome");
+                    Err(Ended::Connection(late.into()))
+                }
             }
         };
         let ended = match welcomed {

@@ -461,12 +461,16 @@ impl From<tunnel::Error> for HandshakeFailure {
     fn from(error: tunnel::Error) -> Self {
         match error {
             tunnel::Error::Closed => Self::Closed,
-            tunnel::Error::Io(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                Self::Closed
-            }
+            tunnel::Error::Io(error) if is_end(&error) => Self::Closed,
             _ => Self::Protocol,
         }
     }
+}
+
+/// Whether a read failed because the peer has gone: under TLS without its last word, too.
+fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), ConnectionReset | UnexpectedEof)
 }
 
 /// The processor time of this thread since its start.
