@@ -8,6 +8,9 @@
 )]
 
 mod common;
+#[path = "common/upgrade.rs"]
+#[allow(dead_code, reason = "the tests beside a bystander use the rest of it")]
+mod upgrade;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -27,46 +30,17 @@ use common::{
 use silo_proxy::head::{LinesBuilder, RequestHead, ResponseHead};
 use silo_proxy::link::Tunnel;
 use silo_proxy::mux;
-use silo_proxy::net::raise_descriptor_limit;
 use silo_proxy::wire::{AgentMessage, Frames, Hello, ServerMessage, VERSION};
 use tungstenite::protocol::frame::coding::{Data, OpCode};
 use tungstenite::protocol::frame::{Frame, FrameHeader};
-use tungstenite::protocol::{Role, WebSocketConfig};
 use tungstenite::{Message, WebSocket};
+use upgrade::{
+    ASK, SWITCH, agreeing, echo, echo_of, read_exactly, start, tiny_frames, upgraded,
+    websocket_echo,
+};
 
 /// How soon a leave has to be seen.
 const SOON: Duration = Duration::from_secs(1);
-
-const ASK: &str = "GET /chat HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
-
-const SWITCH: &str = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\
-                      X-Protocol: 7\r\nKeep-Alive: timeout=5\r\n\r\n";
-
-/// A service that agrees to every upgrade and then hands the connection on.
-fn agreeing(then: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
-    service(move |mut stream| {
-        stream.set_nodelay(true).unwrap();
-        if read_head(&mut stream).is_ok() && stream.write_all(SWITCH.as_bytes()).is_ok() {
-            then(stream);
-        }
-    })
-}
-
-/// A service that sends back what it gets, until there is no more.
-fn echo() -> SocketAddr {
-    agreeing(|mut stream| {
-        let mut buffer = vec![0; 64 * 1024];
-        while let Ok(count @ 1..) = stream.read(&mut buffer) {
-            if stream.write_all(&buffer[..count]).is_err() {
-                return;
-            }
-        }
-    })
-}
-
-fn start(service: SocketAddr) -> (Server, Agent) {
-    start_with(service, &[], &[])
-}
 
 fn start_with(
     service: SocketAddr,
@@ -76,24 +50,6 @@ fn start_with(
     let server = Server::with(port_range(4), server);
     let agent = server.agent_with("a", service, agent);
     (server, agent)
-}
-
-/// A visitor's connection that has been upgraded.
-fn upgraded(agent: &Agent) -> TcpStream {
-    let mut visitor = send(agent.address(), ASK);
-    let head = read_head(&mut visitor).unwrap();
-    assert!(
-        head.starts_with(b"HTTP/1.1 101 "),
-        "{}",
-        String::from_utf8_lossy(&head)
-    );
-    visitor
-}
-
-fn read_exactly(stream: &mut impl Read, length: usize) -> Vec<u8> {
-    let mut bytes = vec![0; length];
-    stream.read_exact(&mut bytes).unwrap();
-    bytes
 }
 
 #[test]
@@ -773,153 +729,18 @@ fn upgraded_connections_leave_the_service_to_other_requests() {
 }
 
 #[test]
-#[ignore = "1,000 sockets, and longer than a laptop's limit of descriptors allows"]
-fn a_thousand_idle_sockets_on_one_tunnel() {
-    raise_descriptor_limit().unwrap();
-    let (server, agent) = start(echo());
-    let before = (
-        server.process.resident_bytes(),
-        agent.process.resident_bytes(),
-    );
-    let mut sockets: Vec<_> = (0..1_000).map(|_| upgraded(&agent)).collect();
-    for socket in &mut sockets {
-        socket.write_all(b"once").unwrap();
-        assert_eq!(read_exactly(socket, 4), b"once");
-    }
-    let each = |process: &common::Process, before: u64| {
-        process.resident_bytes().saturating_sub(before) / 1_000
-    };
-    // Measured: 3 KiB and 13 KiB.
-    assert!(each(&server.process, before.0) < 16 << 10);
-    assert!(each(&agent.process, before.1) < 32 << 10);
-    assert_eq!(server.metric("silo_exchanges_open", ""), 1_000.0);
-    assert!(is_silent(&mut sockets[0], Duration::from_secs(20)));
-    // Other requests go on beside them.
-    for _ in 0..10 {
-        drop(upgraded(&agent));
-    }
-    for (number, socket) in sockets.iter_mut().enumerate() {
-        let word = format!("{number:04}");
-        socket.write_all(word.as_bytes()).unwrap();
-        assert_eq!(read_exactly(socket, 4), word.as_bytes());
-    }
-    drop(sockets);
-    settles(&server);
-}
-
-/// `SILENT_SECONDS=600 cargo test --test upgrade silence -- --ignored`: as long as one likes.
-#[test]
-#[ignore = "10 minutes of silence are too long for every run: one of 100 s here"]
-fn silence_ends_nothing() {
-    // Longer than any default time limit: the agent's 60 s for an answer, the server's 75 s.
-    let asked = std::env::var_os("SILENT_SECONDS");
-    let seconds = asked.map_or(100, |text| text.to_str().unwrap().parse().unwrap());
-    let (_server, agent) = start(echo());
-    let mut visitor = upgraded(&agent);
-    visitor.write_all(b"x").unwrap();
-    assert_eq!(read_exactly(&mut visitor, 1), b"x");
-    assert!(is_silent(&mut visitor, Duration::from_secs(seconds)));
-    visitor.write_all(b"y").unwrap();
-    assert_eq!(read_exactly(&mut visitor, 1), b"y");
-}
-
-/// Sums bytes up so that a lost, doubled or moved one shows.
-fn sum(state: u64, bytes: &[u8]) -> u64 {
-    bytes.iter().fold(state, |state, byte| {
-        (state ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
-}
-
-/// An echo of so many bytes, in pieces whose sizes have nothing to do with each other.
-fn echo_of(megabytes: usize) {
-    let (server, agent) = start(echo());
-    let mut visitor = upgraded(&agent);
-    let block = pattern((1 << 20) + 7);
-    let mut writer = visitor.try_clone().unwrap();
-    let writing = thread::spawn(move || {
-        let mut state = 0;
-        for _ in 0..megabytes {
-            writer.write_all(&block).unwrap();
-            state = sum(state, &block);
-        }
-        writer.shutdown(Shutdown::Write).unwrap();
-        (state, block.len() * megabytes)
-    });
-    let mut state = 0;
-    let mut length = 0;
-    let mut buffer = vec![0; 200_000];
-    loop {
-        match visitor.read(&mut buffer).unwrap() {
-            0 => break,
-            count => {
-                state = sum(state, &buffer[..count]);
-                length += count;
-            }
-        }
-    }
-    assert_eq!((state, length), writing.join().unwrap());
-    settles(&server);
-}
-
-#[test]
 fn megabytes_come_back() {
-    echo_of(16);
-}
-
-#[test]
-#[ignore = "a minute or more on a slow machine"]
-fn a_gibibyte_comes_back() {
-    echo_of(1024);
+    let (server, agent) = start(echo());
+    echo_of(upgraded(&agent), 16);
+    settles(&server);
 }
 
 // --- WebSocket ----------------------------------------------------------------------------------
 
-/// What messages may be: as large as the tests send.
-fn large() -> WebSocketConfig {
-    WebSocketConfig::default()
-        .max_message_size(Some(128 << 20))
-        .max_frame_size(Some(128 << 20))
-}
-
-/// A WebSocket service that sends back each message.
-fn websocket_echo() -> SocketAddr {
-    service(|stream| {
-        stream.set_nodelay(true).unwrap();
-        let Ok(mut socket) = tungstenite::accept_with_config(stream, Some(large())) else {
-            return;
-        };
-        while let Ok(message) = socket.read() {
-            if (message.is_text() || message.is_binary()) && socket.send(message).is_err() {
-                return;
-            }
-        }
-    })
-}
-
-fn websocket(address: SocketAddr) -> WebSocket<TcpStream> {
-    let url = format!("ws://{address}/chat");
-    let (socket, answer) =
-        tungstenite::client::client_with_config(url, connect(address), Some(large())).unwrap();
-    assert_eq!(answer.status(), 101);
-    socket
-}
-
-/// The same bytes through the tunnel as without it.
 fn both_ways(talk: impl Fn(&mut WebSocket<TcpStream>)) {
     let service = websocket_echo();
     let (server, agent) = start(service);
-    for address in [service, agent.address()] {
-        let mut socket = websocket(address);
-        talk(&mut socket);
-        socket.close(None).unwrap();
-        loop {
-            match socket.read() {
-                Ok(message) => assert!(message.is_close(), "{message}"),
-                Err(tungstenite::Error::ConnectionClosed) => break,
-                Err(error) => panic!("{error}"),
-            }
-        }
-    }
+    upgrade::both_ways(service, &agent, talk);
     settles(&server);
     assert_eq!(server.metric("silo_failures_total", ""), 0.0);
 }
@@ -971,47 +792,9 @@ fn websocket_messages_in_fragments() {
     });
 }
 
-/// Many tiny frames in a row, with as many echoes on the way back at once.
-fn tiny_frames(count: u32) {
-    both_ways(|socket| {
-        let stream = socket.get_ref().try_clone().unwrap();
-        let mut reader = WebSocket::from_raw_socket(stream, Role::Client, None);
-        let reading = thread::spawn(move || {
-            for number in 0..count {
-                let text = number.to_string();
-                assert_eq!(reader.read().unwrap(), Message::text(text));
-            }
-        });
-        for number in 0..count {
-            socket.send(Message::text(number.to_string())).unwrap();
-        }
-        reading.join().unwrap();
-    });
-}
-
 #[test]
 fn thousands_of_tiny_frames() {
-    tiny_frames(5_000);
-}
-
-#[test]
-#[ignore = "100,000 frames twice, one write each"]
-fn a_hundred_thousand_tiny_frames() {
-    tiny_frames(100_000);
-}
-
-#[test]
-#[ignore = "tungstenite masks 64 MiB byte by byte without optimisation"]
-fn a_message_of_64_mebibytes() {
-    both_ways(|socket| {
-        let message = Message::binary(pattern(64 << 20));
-        let stream = socket.get_ref().try_clone().unwrap();
-        let mut reader = WebSocket::from_raw_socket(stream, Role::Client, Some(large()));
-        let expected = message.clone();
-        let reading = thread::spawn(move || assert!(reader.read().unwrap() == expected));
-        socket.send(message).unwrap();
-        reading.join().unwrap();
-    });
+    both_ways(|socket| tiny_frames(socket, 5_000));
 }
 
 /// A page that asks an ordinary service for a WebSocket gets that service's answer.

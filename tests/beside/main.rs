@@ -15,6 +15,9 @@
 mod client;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/upgrade.rs"]
+#[allow(dead_code, reason = "the tests of upgrades use the rest of it")]
+mod upgrade;
 
 mod attacks;
 mod broken;
@@ -25,16 +28,11 @@ mod flapping;
 mod heads;
 mod link;
 mod stalled;
+mod upgraded;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Held by each test: what they measure would only measure the others.
-fn alone() -> MutexGuard<'static, ()> {
-    static ONE: Mutex<()> = Mutex::new(());
-    // One that failed is no reason for the others to.
-    ONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use common::bystander::alone;
 
 /// Ends what goes on beside a test's thread, also if the test fails.
 struct Over<'a>(&'a AtomicBool);

@@ -11,7 +11,7 @@ use std::fmt::Write as _;
 use std::io::{self, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,13 @@ const GROWTH: u64 = 8 * 1024 * 1024;
 
 /// The same for descriptors, which leaves room for the test's own questions to the admin port.
 const DESCRIPTORS: usize = 4;
+
+/// Held by each test with a bystander: what they measure would only measure the others.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    // One that failed is no reason for the others to.
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// One that is being disturbed, or isn't.
 pub struct Bystander {

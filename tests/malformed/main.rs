@@ -23,12 +23,13 @@ use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use common::bystander::{Bystander, alone};
 use common::daemon::Daemon;
 use common::raw::settles;
 use common::{PATIENCE, Server, eventually, have, port_range};
 use list::{Case, list};
 use service::Strict;
-use visit::{Bystander, Outcome, Patience, visit};
+use visit::{Neighbour, Outcome, Patience, visit};
 
 #[test]
 fn what_is_malformed_is_refused_or_made_unambiguous() {
@@ -37,12 +38,13 @@ fn what_is_malformed_is_refused_or_made_unambiguous() {
     let names: HashSet<_> = cases.iter().map(|case| (case.group, case.name)).collect();
     assert_eq!(names.len(), cases.len(), "two cases of one name");
 
-    let (silo, nginx, haproxy) = std::thread::scope(|scope| {
+    let _alone = alone();
+    let (nginx, haproxy) = std::thread::scope(|scope| {
         let nginx = scope.spawn(|| through_nginx(&cases));
         let haproxy = scope.spawn(|| through_haproxy(&cases));
-        let silo = through_silo(&cases, usize::MAX);
-        (silo, nginx.join().unwrap(), haproxy.join().unwrap())
+        (nginx.join().unwrap(), haproxy.join().unwrap())
     });
+    let silo = through_silo(&cases, usize::MAX);
     print(&cases, &silo, nginx.as_deref(), haproxy.as_deref());
 
     let mut faults = Vec::new();
@@ -78,6 +80,7 @@ fn what_is_malformed_is_refused_or_made_unambiguous() {
 #[test]
 fn pieces_make_no_difference() {
     let cases = list();
+    let _alone = alone();
     let whole = through_silo(&cases, usize::MAX);
     let pieces = through_silo(&cases, 5);
     for ((case, whole), pieces) in cases.iter().zip(whole).zip(pieces) {
@@ -98,17 +101,19 @@ fn through_silo(cases: &[Case], piece: usize) -> Vec<Outcome> {
         answer: PATIENCE,
         close: PATIENCE,
     };
-    let mut bystander = Bystander::new(agent.address());
-    assert_eq!(bystander.asks(), None);
+    let mut neighbour = Neighbour::new(agent.address());
+    assert_eq!(neighbour.asks(), None);
+    let bystander = Bystander::start(&server, &[&agent.process]);
     service.take();
     let descriptors = server.process.descriptors();
     let outcomes = cases.iter().map(|case| {
         let mut outcome = visit(agent.address(), case, piece, patience);
-        outcome.faults.extend(bystander.asks());
+        outcome.faults.extend(neighbour.asks());
         outcome.compare(case, service.take());
         outcome
     });
     let outcomes = outcomes.collect();
+    bystander.noticed_nothing();
     settles(&server);
     eventually(PATIENCE, "the visitors' sockets are closed", || {
         server.process.descriptors() <= descriptors

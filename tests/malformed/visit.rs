@@ -174,7 +174,7 @@ impl Outcome {
         let mut came = Vec::new();
         for record in records {
             match record {
-                Record::Request(request) if request.target == BYSTANDER => {}
+                Record::Request(request) if request.target == NEIGHBOUR => {}
                 Record::Request(request) => came.push(request),
                 // Whoever refuses a body, or is left, breaks off at the service.
                 Record::Incomplete => {}
@@ -250,25 +250,25 @@ impl Outcome {
     }
 }
 
-const BYSTANDER: &str = "/bystander";
+const NEIGHBOUR: &str = "/neighbour";
 
-/// A visitor whose connection has nothing to do with any of it.
-pub(crate) struct Bystander(BufReader<TcpStream>);
+/// A visitor of the same agent whose connection has nothing to do with any of it.
+pub(crate) struct Neighbour(BufReader<TcpStream>);
 
-impl Bystander {
+impl Neighbour {
     pub(crate) fn new(address: SocketAddr) -> Self {
         Self(BufReader::new(connect(address)))
     }
 
     /// Asks once more; returned is what is wrong with the answer.
     pub(crate) fn asks(&mut self) -> Option<String> {
-        let head = format!("GET {BYSTANDER} HTTP/1.1\r\nHost: h\r\n\r\n");
+        let head = format!("GET {NEIGHBOUR} HTTP/1.1\r\nHost: h\r\n\r\n");
         let sent = self.0.get_mut().write_all(head.as_bytes());
         let answer = sent.and_then(|()| try_read_answer(&mut self.0, false));
         match answer {
-            Ok(answer) if answer.text().contains(" GET /bystander of 0 bytes") => None,
-            Ok(answer) => Some(format!("a bystander got {:?}", answer.text())),
-            Err(error) => Some(format!("a bystander got {error}")),
+            Ok(answer) if answer.text().contains(" GET /neighbour of 0 bytes") => None,
+            Ok(answer) => Some(format!("a neighbour got {:?}", answer.text())),
+            Err(error) => Some(format!("a neighbour got {error}")),
         }
     }
 }
