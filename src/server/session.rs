@@ -51,7 +51,8 @@ pub(super) struct Session {
 }
 
 impl Session {
-    fn new(link: Link) -> Arc<Self> {
+    /// A session in this tunnel.
+    pub(super) fn new(link: Link) -> Arc<Self> {
         Arc::new(Self {
             link,
             farewell: Mutex::new(None),
