@@ -408,7 +408,8 @@ impl Connection {
         self.out.advance(bytes);
         if self.out.is_empty() {
             self.answers = 0;
-            if self.out.capacity() > KEPT {
+            // Its capacity doesn't count what stood before the bytes just written.
+            if self.out.try_reclaim(KEPT + 1) {
                 self.out = BytesMut::new();
             }
         }
