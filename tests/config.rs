@@ -110,6 +110,7 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!(http.body_timeout, Duration::from_secs(60));
     assert_eq!(http.idle_timeout, Duration::from_secs(75));
     assert_eq!(http.max_body, None);
+    assert_eq!(http.receive_buffer, Some(262_144));
     assert!(grpc.auth.is_open() && http.admin_api_key.is_none());
     assert_eq!(grpc.heartbeat_interval, Duration::from_secs(10));
     assert_eq!(grpc.heartbeat_timeout, Duration::from_secs(30));

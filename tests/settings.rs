@@ -16,8 +16,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{
-    HeldService, PATIENCE, Server, connect, eventually, get, port_range, read_answer, refuses,
-    request, text_service,
+    HeldService, PATIENCE, Server, bytes_in_sockets, connect, eventually, get, port_range,
+    read_answer, refuses, request, text_service,
 };
 use silo_proxy::config::{Role, table};
 
@@ -123,6 +123,11 @@ const SERVER: &[(&str, &str, &str)] = &[
         "http.max_body",
         "tests/limits.rs",
         "a_body_that_is_too_large",
+    ),
+    (
+        "http.receive_buffer",
+        HERE,
+        "the_kernel_takes_of_an_upload_what_it_may",
     ),
     (
         "http.cors.allowed_origins",
@@ -407,6 +412,37 @@ fn addresses_and_ports_are_those_of_the_settings() {
     );
     assert!(refuses(agent.address()), "127.0.0.1 is another address");
     assert_eq!(server.agents(), [("agent".to_owned(), start)]);
+}
+
+#[test]
+fn the_kernel_takes_of_an_upload_what_it_may() {
+    let taken = |settings: &[(&str, &str)]| {
+        let server = Server::with(port_range(1), settings);
+        let held = HeldService::start("");
+        let agent = server.agent("agent", held.address);
+        let mut visitor = connect(agent.address());
+        // Its own buffer isn't what this is about.
+        socket2::SockRef::from(&visitor)
+            .set_send_buffer_size(8 * 1024)
+            .unwrap();
+        let head = "GET /held HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000000\r\n\r\n";
+        visitor.write_all(head.as_bytes()).unwrap();
+        visitor
+            .set_write_timeout(Some(Duration::from_millis(500)))
+            .unwrap();
+        while visitor.write(&[0; 64 * 1024]).is_ok() {}
+        let taken = bytes_in_sockets(&[agent.port]);
+        drop(visitor);
+        held.let_go();
+        taken
+    };
+    let small = taken(&[("http.receive_buffer", "8KiB")]);
+    let usual = taken(&[]);
+    assert!(small < 64 * 1024, "{small} bytes");
+    assert!(
+        small < usual && usual < 1024 * 1024,
+        "{usual} bytes, and {small} of little"
+    );
 }
 
 #[test]

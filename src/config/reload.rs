@@ -103,6 +103,7 @@ impl ServerConfig {
             "http.idle_timeout": http.idle_timeout,
             "http.send_timeout": http.send_timeout,
             "http.max_body": http.max_body,
+            "http.receive_buffer": http.receive_buffer,
             "http.access_log": http.access_log,
             "grpc.host": grpc.host,
             "grpc.port": grpc.port,

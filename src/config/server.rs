@@ -81,6 +81,9 @@ pub struct HttpConfig {
     pub send_timeout: Duration,
     /// `http.max_body`: bytes of one request's body; more get 413. `None`: no limit.
     pub max_body: Option<u64>,
+    /// `http.receive_buffer`: bytes the kernel takes of an upload that nobody reads. `None`: as it
+    /// sees fit.
+    pub receive_buffer: Option<usize>,
     /// `http.cors`: whose pages may read answers from agents' ports. `None`: that is left to the
     /// services.
     pub cors: Option<Cors>,
@@ -173,6 +176,7 @@ impl ServerConfig {
                 idle_timeout: from.time("http.idle_timeout"),
                 send_timeout: from.time("http.send_timeout"),
                 max_body: from.limit("http.max_body"),
+                receive_buffer: from.limit("http.receive_buffer"),
                 cors: cors(from),
                 access_log: from.output("http.access_log"),
             },

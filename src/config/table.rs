@@ -446,6 +446,17 @@ static SERVER: &[Setting] = &[
         "off",
         "Largest body of a request; larger ones get 413. Off, because bodies are streamed and cost no memory.",
     ),
+    setting(
+        "http.receive_buffer",
+        Kind::Size {
+            min: 4 * KIB,
+            max: 1 << 30,
+            off: true,
+        },
+        "256KiB",
+        "What the kernel takes of an upload that nobody reads (`SO_RCVBUF` of a visitor's socket: it may hold twice as much, and no more than `net.core.rmem_max` allows). It is also about what one upload brings in a round trip: 5 MB/s over 50 ms. `off` leaves it to the kernel, which lets a fast upload have 6 MiB and more.",
+    )
+    .fixed(),
     unset(
         "http.cors.allowed_origins",
         Kind::Origins,

@@ -27,7 +27,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
-use crate::net::{listen, out_of_descriptors};
+use crate::net::{bound_unread, listen, out_of_descriptors};
 use crate::telemetry::{Told, Who, may_say};
 
 /// How many connections one listener may hand over before the next one has its turn.
@@ -191,6 +191,7 @@ impl<S: Sink> Acceptor<S> {
             poll,
             core: Core {
                 host,
+                receive_buffer: None,
                 sink,
                 registry,
                 sockets: Slab::new(),
@@ -201,6 +202,12 @@ impl<S: Sink> Acceptor<S> {
             },
         };
         Ok((acceptor, AcceptorHandle { shared }))
+    }
+
+    /// Bounds what the kernel takes that nobody reads, of each connection to a port that is bound
+    /// from now on; `None` leaves it to the kernel. See [`bound_unread`].
+    pub fn set_receive_buffer(&mut self, bytes: Option<usize>) {
+        self.core.receive_buffer = bytes;
     }
 
     /// Takes a listener that is bound already, to accept from it as [`Listener::Adopted`] with
@@ -266,6 +273,7 @@ async fn reached(deadline: Option<Instant>) {
 #[derive(Debug)]
 struct Core<S> {
     host: IpAddr,
+    receive_buffer: Option<usize>,
     sink: S,
     registry: Registry,
     /// Every listening socket; the key is its token.
@@ -329,6 +337,9 @@ impl<S: Sink> Core<S> {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let listener = listen(SocketAddr::new(self.host, port))?;
+        if let Some(bytes) = self.receive_buffer {
+            bound_unread(&listener, bytes)?;
+        }
         self.register(listener, Listener::Port { port, key })
     }
 

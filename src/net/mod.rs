@@ -43,6 +43,16 @@ pub fn bound_unsent(socket: &impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
+/// Bounds what the kernel takes that nobody has read (`SO_RCVBUF`, doubled for its own records) of
+/// each connection that a listener accepts from now on, instead of growing the buffer with the
+/// sender's speed.
+///
+/// # Errors
+/// The system's.
+pub fn bound_unread(listener: &impl AsFd, bytes: usize) -> io::Result<()> {
+    SockRef::from(listener).set_recv_buffer_size(bytes)
+}
+
 /// Listens on an address: nonblocking, closed on exec, and for whatever is accepted `TCP_NODELAY`
 /// and [`bound_unsent`].
 ///

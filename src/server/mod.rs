@@ -227,6 +227,7 @@ impl Server {
             queues,
         };
         let (mut acceptor, handle) = Acceptor::new(shared.config().http.agent_host, dispatcher)?;
+        acceptor.set_receive_buffer(shared.config().http.receive_buffer);
         acceptor.adopt(tunnel_listener, TUNNEL_LISTENER)?;
         registry.set_acceptor(handle.clone());
 
