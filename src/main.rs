@@ -14,7 +14,10 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// a string that ends with a NUL; a reference to an array is such a pointer. Its `_rjem_` is the
 /// prefix that tikv-jemallocator gives to all of its symbols.
 #[cfg(target_os = "linux")]
-#[expect(unsafe_code, reason = "the only way to set it at build time; see above")]
+#[expect(
+    unsafe_code,
+    reason = "the only way to set it at build time; see above"
+)]
 #[used]
 #[unsafe(export_name = "_rjem_malloc_conf")]
 static ALLOCATOR_SETTINGS: &[u8; 20] = b"dirty_decay_ms:5000\0";
